@@ -1,0 +1,79 @@
+"""Gives every `SampleAttention` node of a model the function body of its variant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+
+from graph_passes import op
+from graph_passes.body.assembly import PROBE_OP_TYPE, PROBE_OUTPUTS, function, probe_function
+from graph_passes.errors import GraphError
+
+__all__ = ["OPSETS", "attach"]
+
+OPSETS = range(18, 25)
+"""Versions of the standard operators that the bodies are written and tested for."""
+
+_MIN_IR_VERSION = 10  # the first that tells functions apart by `overload`
+
+
+def attach(model: onnx.ModelProto) -> None:
+    """Adds, in place, the function bodies that the model's nodes need; doing it again changes nothing.
+
+    Every `SampleAttention` and `SampleAttentionProbe` node (in subgraphs too) gets its `overload`; the model gets each function once,
+    the import of the domain, and an IR version that knows overloads.
+
+    Raises:
+        GraphError: the model's opset is outside `OPSETS`, or a node does not fit the contract of `op`.
+    """
+    nodes = [n for n in _nodes(model.graph) if n.domain == op.DOMAIN and n.op_type in (op.OP_TYPE, PROBE_OP_TYPE)]
+    if not nodes:
+        return
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if opset not in OPSETS:
+        raise GraphError(
+            f"the model imports opset {opset}; SampleAttention bodies are written for opsets {OPSETS[0]} to {OPSETS[-1]}, "
+            "so export the model (or convert it with onnx.version_converter) to one of these."
+        )
+    functions = {}
+    for node in nodes:
+        policy, has_mask, softcap, certificate = _variant_of(node)
+        if node.op_type == PROBE_OP_TYPE:
+            body = probe_function(policy, has_mask=has_mask, softcap=softcap, opset=opset)
+        else:
+            body = function(policy, has_mask=has_mask, softcap=softcap, certificate=certificate, opset=opset)
+        node.overload = body.overload
+        functions[body.name, body.overload] = body
+    kept = [f for f in model.functions if f.domain != op.DOMAIN or (f.name, f.overload) not in functions]
+    del model.functions[:]
+    model.functions.extend([*kept, *functions.values()])
+    if op.DOMAIN not in {o.domain for o in model.opset_import}:
+        model.opset_import.append(onnx.helper.make_opsetid(op.DOMAIN, op.VERSION))
+    model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                yield from _nodes(subgraph)
+
+
+def _variant_of(node: onnx.NodeProto) -> tuple[str, bool, bool, bool]:
+    """policy, has_mask, softcap, certificate; checks the node against the contract."""
+    where = f"node '{node.name or node.output[0]}' ({node.op_type})"
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    expected = [a.name for a in op.ATTRIBUTES]
+    if missing := [name for name in expected if name not in values]:
+        raise GraphError(f"{where} lacks the attributes {', '.join(missing)}; write all of op.node_attributes on it.")
+    if unknown := [name for name in values if name not in expected]:
+        raise GraphError(f"{where} has the attributes {', '.join(unknown)}; allowed are {', '.join(expected)}.")
+    if not 3 <= len(node.input) <= len(op.INPUTS) or not all(node.input):
+        raise GraphError(f"{where} has the inputs {list(node.input)}; allowed are 3 or 4, none of them empty.")
+    outputs = PROBE_OUTPUTS if node.op_type == PROBE_OP_TYPE else op.OUTPUTS
+    if not 1 <= len(node.output) <= len(outputs):
+        raise GraphError(f"{where} has {len(node.output)} outputs; allowed are 1 to {len(outputs)}: {', '.join(outputs)}.")
+    policy = op.policy_from_attributes(values)
+    return policy.policy, len(node.input) == len(op.INPUTS), values["softcap"] > 0, len(node.output) > 1

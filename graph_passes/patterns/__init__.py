@@ -1,0 +1,1 @@
+"""Shape families of attention: each file finds one in a graph and says what it means."""

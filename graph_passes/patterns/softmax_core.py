@@ -1,0 +1,267 @@
+"""Attention spelled with Softmax: `MatMul(Q, K^T) -> ... -> Softmax -> ... -> MatMul(V)`.
+
+From each Softmax, back over an allow-list to the one product of queries and keys, and forward to the one product with the values. On the way back:
+
+1. a scalar factor (`Mul`, `Div`), before or after the mask; factors on Q and K count too, all are multiplied into `scale`;
+2. a mask: `Add`, `Sub`, `Where(mask, score, fill)` or `Where(mask, fill, score)`;
+3. float casts (softmax in float32), `Identity`, and a constant shift.
+
+On the way forward: casts, `Identity`, and the NaN guard `Where(IsNaN(p), 0, p)`. Q, K and V are opaque tensors. Any other node, any other consumer and a
+graph output on the way decline the site with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_graphsurgeon as gs
+
+from graph_passes.patterns.grid import Grid
+from graph_passes.patterns.layout import operands, scalar_factor
+from graph_passes.patterns.masks import MaskTerm, decide
+from graph_passes.site import AttentionSite, Refusal, label
+from graph_passes.symbolic.graph import SymbolicGraph, is_standard, producer
+from graph_passes.symbolic.poly import Poly, const
+
+__all__ = ["PATTERN", "Core", "find_core", "is_attention", "matches", "measure", "site"]
+
+PATTERN = "softmax core"
+
+_REASONS = {
+    "Tanh": "its scores go through Tanh (attention logit soft-capping), which is not carried over.",
+    "Concat": "a column is joined to its scores (an attention sink), which full attention does not have.",
+}
+
+
+@dataclass
+class Core:
+    """The nodes of one attention, from the product of queries and keys to the product with the values."""
+
+    softmax: gs.Node
+    scores: gs.Node
+    output: gs.Node
+    factor: float = 1.0
+    terms: list[MaskTerm] = field(default_factory=list)
+    between: list[gs.Node] = field(default_factory=list)
+
+
+def matches(node: gs.Node) -> bool:
+    """Every Softmax is a candidate."""
+    return node.op == "Softmax" and is_standard(node)
+
+
+def is_attention(sg: SymbolicGraph, softmax: gs.Node) -> bool:
+    """Whether a product of two computed tensors feeds the Softmax (a router or a classifier multiplies by a weight)."""
+    return _find_product(sg, softmax.inputs[0], set()) is not None
+
+
+def find_core(sg: SymbolicGraph, softmax: gs.Node) -> Core:
+    """The nodes of the attention around a Softmax.
+
+    Raises:
+        Refusal: a node on the way is not on the allow-list, or something else reads what lies between.
+    """
+    rank = len(sg.shape(softmax.outputs[0]) or ())
+    axis = int(softmax.attrs.get("axis", -1 if sg.opset >= 13 else 1))
+    if rank == 0 or axis not in (-1, rank - 1):
+        raise Refusal(f"its Softmax runs over axis {axis}, not over the keys (the last axis).", label(softmax))
+    scores, factor, terms, between = _back(sg, softmax)
+    output, after = _forward(sg, softmax)
+    core = Core(softmax, scores, output, factor, terms, [*between, softmax, *after])
+    _refuse_other_readers(sg, core)
+    return core
+
+
+def site(sg: SymbolicGraph, softmax: gs.Node, name: str) -> AttentionSite:
+    """The site around a Softmax.
+
+    Raises:
+        Refusal: it is not full causal attention, or that is not proved.
+    """
+    core = find_core(sg, softmax)
+    grid = measure(sg, core)
+    output = core.output.outputs[0]
+    q_tensor, k_tensor = core.scores.inputs
+    v_tensor = core.output.inputs[1]
+    query, key, value = operands(
+        sg,
+        grid,
+        (q_tensor, _spread(sg, q_tensor, (grid.b, grid.h, grid.q, grid.d))),
+        (k_tensor, _spread(sg, k_tensor, (grid.b, grid.h, grid.d, grid.kv))),
+        (v_tensor, _spread(sg, v_tensor, (grid.b, grid.h, grid.kv, grid.w))),
+        output,
+        core.scores,
+    )
+    mask, evidence = decide(sg, core.terms, grid)
+    scale = core.factor * query.factor * key.factor
+    if not scale > 0:
+        raise Refusal(f"its scores are multiplied by {scale:g}; a factor > 0 is needed.", label(core.scores))
+    facts = [f"scale {scale:.9g} is the product of all factors on queries, keys and scores."]
+    heads = grid.heads.value or 0
+    if heads != key.operand.heads:
+        facts.append(
+            f"each key/value head is repeated {heads // key.operand.heads} times before the product; {key.operand.tensor} holds them once."
+        )
+    nodes = [*core.between, core.scores, core.output, *query.through, *key.through, *value.through]
+    return AttentionSite(
+        id=name,
+        node=softmax.name or softmax.outputs[0].name,
+        pattern=PATTERN,
+        query=query.operand,
+        key=key.operand,
+        value=value.operand,
+        output=output.name,
+        mask=mask,
+        heads=heads,
+        kv_heads=key.operand.heads,
+        head_size=grid.size.value or 0,
+        value_size=grid.value_size.value or 0,
+        scale=scale,
+        softcap=0.0,
+        opset=sg.opset,
+        consumed=tuple(dict.fromkeys(label(n) for n in nodes)),
+        between=tuple(dict.fromkeys(t.name for n in nodes if n is not core.output for t in n.outputs)),
+        evidence=(*evidence, *facts),
+    )
+
+
+def _back(sg: SymbolicGraph, softmax: gs.Node) -> tuple[gs.Node, float, list[MaskTerm], list[gs.Node]]:
+    tensor, factor = softmax.inputs[0], 1.0
+    terms: list[MaskTerm] = []
+    between: list[gs.Node] = []
+    while True:
+        node = producer(tensor)
+        if node is None:
+            raise Refusal(f"no product of queries and keys feeds it: its scores come from {tensor.name}.", label(softmax))
+        if node.op == "MatMul" and is_standard(node):
+            if any(_is_stored(t) for t in node.inputs):
+                raise Refusal(
+                    "its scores are a product with a stored weight, not of queries and keys (a router or a classifier).", label(node)
+                )
+            return node, factor, terms, between
+        if not is_standard(node) or node.op in _REASONS:
+            raise Refusal(_REASONS.get(node.op, f"{node.domain}.{node.op} between the scores and Softmax is not understood."), label(node))
+        scaled = scalar_factor(sg, node)
+        if scaled is not None:
+            tensor, factor = scaled[0], factor * scaled[1]
+        elif node.op in ("Cast", "Identity"):
+            tensor = node.inputs[0]
+        elif node.op in ("Add", "Sub"):
+            tensor, mask = _scores_and_mask(sg, node)
+            terms.append(MaskTerm("add", mask, node, factor=-factor if node.op == "Sub" else factor))
+        elif node.op == "Where":
+            condition, then, other = node.inputs
+            reached = [t for t in (then, other) if _find_product(sg, t, set()) is not None]
+            if len(reached) != 1:
+                raise Refusal("a Where before Softmax does not choose between scores and a fill value.", label(node))
+            tensor = reached[0]
+            how, fill = ("where", other) if tensor is then else ("unless", then)
+            terms.append(MaskTerm(how, condition, node, fill=fill, factor=factor))
+        else:
+            raise Refusal(f"{node.op} between the scores and Softmax is not part of full attention.", label(node))
+        between.append(node)
+
+
+def _scores_and_mask(sg: SymbolicGraph, node: gs.Node) -> tuple[gs.Tensor, gs.Tensor]:
+    left, right = node.inputs
+    reaches = [_find_product(sg, t, set()) is not None for t in (left, right)]
+    if reaches[0] and (node.op == "Sub" or not reaches[1]):
+        return left, right
+    if reaches[1] and not reaches[0] and node.op == "Add":
+        return right, left
+    raise Refusal(f"it cannot be told which input of {node.op} holds the scores and which the mask.", label(node))
+
+
+_ON_THE_WAY = frozenset(["Cast", "Identity", "Add", "Sub", "Mul", "Div", "Where", "Tanh", "Reshape", "Concat", "Slice", "Unsqueeze", "Squeeze", "Neg"])
+
+
+def _find_product(sg: SymbolicGraph, tensor: gs.Tensor, seen: set[int]) -> gs.Node | None:
+    """A product of two computed tensors that a tensor of scores comes from."""
+    node = producer(tensor)
+    if node is None or id(node) in seen:
+        return None
+    seen.add(id(node))
+    if node.op in ("MatMul", "FusedMatMul"):
+        return None if any(_is_stored(t) for t in node.inputs) else node
+    if node.op not in _ON_THE_WAY or not is_standard(node):
+        return None
+    return next((found for t in node.inputs if (found := _find_product(sg, t, seen)) is not None), None)
+
+
+def _is_stored(tensor: gs.Tensor) -> bool:
+    node = producer(tensor)
+    if node is None:
+        return isinstance(tensor, gs.Constant)
+    return node.op == "Constant" or (node.op in ("Transpose", "Cast", "Identity", "DequantizeLinear") and _is_stored(node.inputs[0]))
+
+
+def _forward(sg: SymbolicGraph, softmax: gs.Node) -> tuple[gs.Node, list[gs.Node]]:
+    tensor = softmax.outputs[0]
+    passed: list[gs.Node] = []
+    while True:
+        readers = [n for n in tensor.outputs if n.op != "Shape"]
+        guard = _nan_guard(sg, tensor, readers)
+        if guard is not None:
+            passed += readers
+            tensor = guard.outputs[0]
+        elif len({id(n) for n in readers}) != 1:
+            names = ", ".join(label(n) for n in readers) or "nothing"
+            raise Refusal(f"its probabilities are read by {names}; only the product with the values may read them.", label(softmax))
+        elif readers[0].op == "MatMul" and readers[0].inputs[0] is tensor and readers[0].inputs[1] is not tensor:
+            return readers[0], passed
+        elif readers[0].op in ("Cast", "Identity", "Dropout") and is_standard(readers[0]) and not _training(sg, readers[0]):
+            passed.append(readers[0])
+            tensor = readers[0].outputs[0]
+        else:
+            raise Refusal(f"its probabilities go through {readers[0].op}, which is not part of full attention.", label(readers[0]))
+
+
+def _training(sg: SymbolicGraph, node: gs.Node) -> bool:
+    """A Dropout that may drop something."""
+    if node.op != "Dropout" or len(node.inputs) < 3 or not node.inputs[2].name:
+        return False
+    training = sg.array(node.inputs[2])
+    return training is None or bool(training.any())
+
+
+def _nan_guard(sg: SymbolicGraph, tensor: gs.Tensor, readers: list[gs.Node]) -> gs.Node | None:
+    """The Where of `Where(IsNaN(p), 0, p)` when `readers` are exactly that."""
+    tests, wheres = ([n for n in readers if n.op == op] for op in ("IsNaN", "Where"))
+    if len(readers) != 2 or len(tests) != 1 or len(wheres) != 1:
+        return None
+    where, test = wheres[0], tests[0]
+    is_guard = where.inputs[0] is test.outputs[0] and sg.scalar(where.inputs[1]) == 0 and where.inputs[2] is tensor
+    return where if is_guard and len(test.outputs[0].outputs) == 1 else None
+
+
+def _refuse_other_readers(sg: SymbolicGraph, core: Core) -> None:
+    """Nothing but the attention itself may read what will be gone."""
+    inside = {id(n) for n in (core.scores, core.output, *core.between)}
+    for node in (core.scores, *core.between):
+        for tensor in node.outputs:
+            if tensor.name in sg.outputs:
+                raise Refusal(f"{tensor.name}, inside the attention, is an output of the graph (output_attentions).", label(node))
+            other = next((n for n in tensor.outputs if id(n) not in inside and n.op != "Shape"), None)
+            if other is not None:
+                raise Refusal(f"{tensor.name}, inside the attention, is also read by {label(other)}.", label(other))
+
+
+def measure(sg: SymbolicGraph, core: Core) -> Grid:
+    """The lengths of an attention.
+
+    Raises:
+        Refusal: its tensors have not four axes, or its heads are not fixed.
+    """
+    q, k, v, p = (sg.shape(t) for t in (*core.scores.inputs, core.output.inputs[1], core.output.inputs[0]))
+    if q is None or k is None or v is None or p is None:
+        raise Refusal("the shapes of its queries, keys and values are not known.", label(core.scores))
+    if not len(q) == len(k) == len(v) == len(p) == 4:
+        raise Refusal(f"its scores have {len(p)} axes; [batch, heads, rows, keys] is needed.", label(core.scores))
+    if q[1].value is None or q[3].value is None or v[3].value is None:
+        raise Refusal("its number of heads or its head size is not fixed in the graph.", label(core.scores))
+    return Grid(batch=q[0], heads=q[1], rows=q[2], keys=k[3], size=q[3], value_size=v[3])
+
+
+def _spread(sg: SymbolicGraph, tensor: gs.Tensor, index: tuple[Poly, ...]) -> tuple[Poly, ...]:
+    """The index into an operand whose batch or head axis of length 1 the product repeats."""
+    return tuple(const(0) if n.value == 1 else k for n, k in zip(sg.known_shape(tensor), index, strict=True))

@@ -1,0 +1,1 @@
+"""Comparison of a rewritten model with full attention: prompts, runs, figures, gates."""

@@ -1,0 +1,47 @@
+"""Compare rewritten models with full attention on real prompts: logits, recall, loss, continuation, density and CRA.
+
+Writes check.json, pictures and report.html; the exit status is the gate."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sa_export.cli.common import add_check_arguments, add_output_arguments, check_options, emit, progress_bar
+from sa_export.errors import GateError, UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("full", type=Path, help="the original ONNX model (full attention)")
+    parser.add_argument("rewritten", type=Path, nargs="+", help="rewritten models; NAME=FILE names one in the report")
+    add_output_arguments(parser, "folder to make")
+    add_check_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from sa_export.check.run import Subject, run_check
+    from sa_export.report import text_table
+
+    options = check_options(args)
+    subjects = []
+    for item in args.rewritten:
+        name, equals, path = str(item).partition("=")
+        path = Path(path if equals else name)
+        subjects.append(Subject(name if equals else path.name.removesuffix(".onnx"), path))
+    names = [s.name for s in subjects]
+    if len(set(names)) < len(names):
+        raise UserError(f"Two models would both be called {max(names, key=names.count)}; name them with NAME=FILE.")
+    result = run_check(
+        args.full,
+        subjects,
+        args.output,
+        options,
+        tokenizer_folder=args.tokenizer,
+        command=args.command,
+        force=args.force,
+        progress=progress_bar(args),
+    )
+    emit(args, text_table(result) + f"\nreport: {args.output / 'report.html'}", result.to_dict())
+    if not result.ok:
+        raise GateError(f"the check was not passed; {args.output / 'report.html'} shows which gate and where.")
+    return 0

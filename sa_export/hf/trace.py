@@ -1,0 +1,211 @@
+"""The torch model as an ONNX graph: traced by `torch.onnx` (dynamo), its names and dimensions put in order, written to disk."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from sa_export.errors import UserError
+from sa_export.hf import interface
+from sa_export.hf.progress import Progress
+from sa_export.hf.step import BATCH, PAST, SEQUENCE, TOTAL, CacheLayer, TensorSpec, step_module
+
+ATTENTIONS = ("sdpa", "eager", "sample")
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+_KEPT_METADATA = ("pkg.torch.onnx.name_scopes",)
+"""Of the exporter's notes on nodes only the module path stays; stack traces would carry the paths of this machine into the file."""
+_EXAMPLE_BATCH, _EXAMPLE_TOKENS, _EXAMPLE_PAST = 2, 5, 3
+"""Sizes of the example that is traced: all different, none 0 or 1, since torch.export takes those for constants."""
+
+
+@contextmanager
+def attention_implementation(model: Any, name: str) -> Iterator[str]:
+    """The model with another attention implementation, until the block ends; yields the one that it really runs.
+
+    Args:
+        name: "sdpa", "eager" or "sample" (`interface`).
+
+    A model class without `sdpa` runs "eager", the same function of the same tensors. A class that takes no implementation from outside
+    keeps its own.
+
+    Raises:
+        UserError: "sample" was asked for and the class does not take an implementation from outside.
+    """
+    if name == "sample":
+        interface.register()
+    wanted = interface.NAME if name == "sample" else name
+    before = model.config._attn_implementation
+    try:
+        try:
+            model.set_attn_implementation(wanted)
+        except (ValueError, ImportError):  # transformers' way to say that the class has no sdpa
+            wanted = "eager"
+            model.set_attn_implementation(wanted)
+        runs = model.config._attn_implementation
+        if name == "sample" and runs != interface.NAME:
+            raise UserError(
+                f"{type(model).__name__} does not take its attention from transformers' AttentionInterface; "
+                f"export it with attention 'sdpa' or 'eager' and rewrite the graph."
+            )
+        yield "sample" if runs == interface.NAME else runs
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def traceable_experts(model: Any) -> Iterator[bool]:
+    """Mixture-of-experts layers in a form that can be traced, until the block ends; yields whether the model has such layers.
+
+    The usual forms loop over the experts that were hit, or call an operator that ONNX does not have; this one gathers the weights of each
+    token's experts and multiplies in a batch.
+    """
+    if not getattr(model, "_can_set_experts_implementation", lambda: False)():
+        yield False
+        return
+    before = model.config._experts_implementation
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield True
+    finally:
+        model.set_experts_implementation(before)
+
+
+def trace(
+    model: Any, layers: tuple[CacheLayer, ...], inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, opset: int, logits: str
+) -> Any:
+    """The model as an `onnx_ir.Model` whose initializers are the model's own tensors (nothing is copied).
+
+    Args:
+        model: on the CPU, in evaluation mode, its attention implementation chosen.
+        layers: of its cache.
+        inputs, outputs: names and shapes of the graph's inputs and outputs, in order.
+        opset: version of the standard operators, 18 to 24.
+        logits: "all", or "last" (`step.last_attended`).
+
+    Raises:
+        UserError: torch cannot trace or translate the model.
+    """
+    import torch
+
+    batch, sequence, past = (torch.export.Dim(name) for name in (BATCH, SEQUENCE, PAST))
+    free = torch.export.Dim.DYNAMIC
+    total = _EXAMPLE_PAST + _EXAMPLE_TOKENS
+    positions = torch.arange(_EXAMPLE_PAST, total)
+    cached = [
+        tuple(torch.zeros(_EXAMPLE_BATCH, c.heads, _EXAMPLE_PAST, size, dtype=model.dtype) for size in (c.key_size, c.value_size))
+        for c in layers
+    ]
+    example = (
+        torch.zeros(_EXAMPLE_BATCH, _EXAMPLE_TOKENS, dtype=torch.int64),
+        torch.ones(_EXAMPLE_BATCH, total, dtype=torch.int64),
+        positions.repeat(_EXAMPLE_BATCH, 1),
+        cached,
+    )
+    # torch.export knows no sum of two free lengths, so the mask's is free by itself here and gets its name in `_name_dimensions`.
+    shapes = ({0: batch, 1: sequence}, {0: batch, 1: free}, {0: batch, 1: sequence}, [({0: batch, 2: past},) * 2] * len(layers))
+    try:
+        # On failure torch prints the graph so far, past its loggers.
+        with torch.no_grad(), step_module(model, logits) as step, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            program = torch.onnx.export(
+                step,
+                example,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=shapes,
+                input_names=[spec.name for spec in inputs],
+                output_names=[spec.name for spec in outputs],
+                verbose=False,
+            )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"torch.onnx cannot export {type(model).__name__} at opset {opset}: {_root_cause(error)}") from error
+    assert program is not None  # dynamo=True always gives a program
+    graph_model = program.model
+    _name_dimensions(graph_model, inputs, outputs)
+    _drop_metadata(graph_model)
+    _name_weights(graph_model)
+    return graph_model
+
+
+def write(graph_model: Any, folder: Path, *, single_file: bool, progress: Progress) -> int:
+    """Writes `model.onnx` and, unless `single_file`, `model.onnx.data`; gives SampleAttention nodes their function bodies.
+
+    Tensors go to the file one by one; the graph proto itself is small. Returns the number of SampleAttention nodes.
+    """
+    import onnx
+    import onnx_ir
+
+    from graph_passes import op
+
+    path = folder / MODEL_FILE
+
+    def callback(_: Any, state: Any) -> None:
+        progress("write", (state.index + 1) / max(state.total, 1))
+
+    onnx_ir.save(graph_model, path, external_data=None if single_file else DATA_FILE, callback=None if single_file else callback)
+    sites = sum(node.domain == op.DOMAIN and node.op_type == op.OP_TYPE for node in graph_model.graph)
+    if sites:
+        from graph_passes.body import attach
+
+        proto = onnx.load(path, load_external_data=False)
+        attach(proto)
+        path.write_bytes(proto.SerializeToString())
+    progress("write", 1.0)
+    return sites
+
+
+def release(graph_model: Any) -> None:
+    """Lets go of the weights of a graph that is done with: rules of the graph optimizer go on holding parts of the last graph they saw."""
+    for value in graph_model.graph.initializers.values():
+        value.const_value = None
+
+
+def _name_dimensions(graph_model: Any, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    import onnx_ir
+
+    graph = graph_model.graph
+    symbol = str(graph.inputs[1].shape[1].value)
+    word = re.compile(rf"\b{re.escape(symbol)}\b")
+    values = {id(v): v for node in graph_model.graph.all_nodes() for v in (*node.inputs, *node.outputs) if v is not None}
+    for value in values.values():
+        for i, dimension in enumerate(value.shape or ()):
+            name = getattr(dimension, "value", None)
+            if name is not None and word.search(name):
+                value.shape[i] = onnx_ir.SymbolicDim(TOTAL if name == symbol else word.sub(f"({TOTAL})", name))
+    for value, spec in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+        for traced, meant in zip(value.shape, spec.shape, strict=True):
+            if isinstance(traced, int) and traced != meant:
+                raise UserError(f"The model's code fixes a dimension of {spec.name} to {traced} while it is traced; it cannot be exported.")
+        value.shape = onnx_ir.Shape(spec.shape)
+
+
+def _name_weights(graph_model: Any) -> None:
+    """Gives the weights that kept their names those of the checkpoint: the traced module holds the model as its member `model`."""
+    for value in list(graph_model.graph.initializers.values()):
+        value.name = value.name.removeprefix("model.")
+
+
+def _drop_metadata(graph_model: Any) -> None:
+    for node in graph_model.graph.all_nodes():
+        kept = {key: node.metadata_props[key] for key in _KEPT_METADATA if key in node.metadata_props}
+        node.metadata_props.clear()
+        node.metadata_props.update(kept)
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for holder in (graph_model, graph_model.graph, *graph_model.graph.inputs, *graph_model.graph.initializers.values()):
+        holder.metadata_props.clear()
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
+    return line if line.endswith(".") else f"{line}."

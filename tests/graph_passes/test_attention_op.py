@@ -1,0 +1,119 @@
+"""The ONNX Attention operator: rewritten where it is full causal attention by proof, declined elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto
+
+from graph_passes.pipeline import inspect
+from tests.graph_passes import builder, running
+from tests.graph_passes.builder import DV, HKV, HQ, Builder, D
+
+
+def attention(
+    *,
+    mask: str = "bool",
+    past_outside: bool = True,
+    opset: int = 23,
+    heads: int = HKV,
+    inputs: tuple[str, ...] = (),
+    outputs: int = 1,
+    used: int = 0,
+    **attrs: object,
+) -> onnx.ModelProto:
+    """One Attention node over inputs of the given number of key/value heads."""
+    b = Builder(opset)
+    past = "past" if past_outside else 0
+    total = "past + seq" if past_outside else "seq"
+    q = b.input("query", ["batch", HQ, "seq", D])
+    keep = b.input("attention_mask", ["batch", total], TensorProto.INT64)
+    k, v = (b.input(n, ["batch", heads, "seq", w]) for n, w in (("key", D), ("value", DV)))
+    if past_outside:
+        pk, pv = (b.input(n, ["batch", heads, past, w]) for n, w in (("past_key", D), ("past_value", DV)))
+        k, v = b.op("Concat", pk, k, axis=2), b.op("Concat", pv, v, axis=2)
+    else:
+        pk = b.op("Slice", k, b.const([0]), b.const([0]), b.const([2]))
+    t = builder.Tensors(q, k, keep, pk)
+    bias = ""
+    if mask != "none":
+        bias = builder.causal_padding(b, t)
+    if mask == "float":
+        bias = b.op("Where", bias, b.const(0.0, "float32"), b.const(builder.LOWEST, "float32"))
+    more = [
+        b.input(n, ["batch", heads, "inner", w]) if n.startswith("past") else b.input(n, ["batch"], TensorProto.INT64)
+        for n, w in ((i, D) for i in inputs)
+    ]
+    y = b.op("Attention", q, k, v, bias, *more, outputs=outputs, **attrs)
+    b.output(b.op("Transpose", y, perm=[0, 2, 1, 3], name="result"))
+    if used:
+        b.output(f"{y}_{used}")
+    return b.model()
+
+
+CASES = {
+    "bool mask": {"scale": 0.25},
+    "float mask": {"mask": "float", "scale": 0.3},
+    "default scale": {},
+    "as many heads": {"heads": HQ},
+    "one head": {"heads": 1},
+    "causal flag without a past": {"mask": "none", "past_outside": False, "is_causal": 1},
+    "causal flag and mask, no past": {"past_outside": False, "is_causal": 1},
+    "opset 24": {"opset": 24},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_found_and_equal(name: str, tmp_path: Path) -> None:
+    options = CASES[name]
+    model = attention(**options)  # type: ignore[arg-type]
+    path = running.save(model, tmp_path)
+    (site,) = inspect(path).sites
+    assert site.pattern == "onnx Attention"
+    assert site.kv_heads == options.get("heads", HKV)
+    assert site.scale == pytest.approx(options.get("scale", D**-0.5), rel=1e-6)
+    assert site.mask.kind == ("causal" if options.get("mask") == "none" else "causal+padding")
+    out, _ = running.rewritten(path)
+    full, sparse = running.Session(path), running.Session(out)
+    for batch, rows, past in ((2, 24, 0), (3, 5, 17)):
+        if past and not options.get("past_outside", True):
+            continue
+        for pad in ("none",) if options.get("mask") == "none" else ("none", "left", "right"):
+            data = builder.feeds(model, batch, rows, past, pad=pad)
+            real = running.real_rows(data["attention_mask"], rows)
+            assert running.largest_difference(full(data)["result"], sparse(data)["result"], real) < 2e-6
+
+
+REFUSED = {
+    "top left": ({"mask": "none", "is_causal": 1}, "it is kv <= q, needed is kv <= past + q"),
+    "top left and mask": ({"is_causal": 1}, "it is kv <= q, needed is kv <= past + q"),
+    "no mask": ({"mask": "none"}, "no mask"),
+    "soft-cap": ({"softcap": 30.0}, "softcap 30"),
+    "past inside": ({"inputs": ("past_keys", "past_values")}, "takes past keys inside"),
+    "lengths of batch items": ({"opset": 24, "inputs": ("", "", "nonpad")}, "nonpad_kv_seqlen"),
+    "window of opset 25": ({"opset": 25, "left_window_size": 7}, "left_window_size 7"),
+    "an attribute of a later opset": ({"surprise": 1}, "attribute surprise"),
+    "product is read": ({"outputs": 4, "used": 3}, "product of queries and keys of the operator are used"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_is_declined(name: str, tmp_path: Path) -> None:
+    options, reason = REFUSED[name]
+    inputs = options.get("inputs", ())
+    model = attention(**{**options, "inputs": tuple(i for i in inputs if i)})  # type: ignore[arg-type, attr-defined]
+    node = next(n for n in model.graph.node if n.op_type == "Attention")
+    if inputs and not inputs[0]:  # type: ignore[index]
+        node.input[4:] = ["", "", node.input[4]]
+    report = inspect(running.save(model, tmp_path))
+    assert report.sites == ()
+    (declined,) = report.declined
+    assert reason in declined.reason
+    assert declined.stopped_by == f"Attention {node.name}"
+
+
+def test_heads_that_do_not_divide(tmp_path: Path) -> None:
+    (declined,) = inspect(running.save(attention(heads=3), tmp_path)).declined
+    assert "not a multiple" in declined.reason

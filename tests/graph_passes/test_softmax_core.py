@@ -1,0 +1,102 @@
+"""Spellings of full causal attention are found, and the rewritten graph gives what the original gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto
+
+from graph_passes.pipeline import inspect
+from tests.graph_passes import builder, running
+from tests.graph_passes.builder import DV, HKV, HQ, Spelling
+
+SPELLINGS = {
+    "eager": Spelling(),
+    "sdpa": Spelling(scale="both", transpose="3d", guard=True, mask_as="add_inf"),
+    "scale on q": Spelling(scale="q"),
+    "scale on k": Spelling(scale="k"),
+    "division": Spelling(scale="div"),
+    "scale computed from a shape": Spelling(scale="computed"),
+    "no scale": Spelling(scale="none"),
+    "scale after the mask": Spelling(scale="after_mask"),
+    "where": Spelling(mask_as="where"),
+    "where, branches swapped": Spelling(mask_as="unless"),
+    "mask by multiplication with the lowest": Spelling(mask_as="mul_not"),
+    "mask by (m - 1) * 1e9": Spelling(mask_as="shift"),
+    "as many kv heads": Spelling(repeat="concat"),
+    "one kv head, broadcast by the product": Spelling(repeat="multiply"),
+    "keys as [B, T, H, D]": Spelling(transpose="bshd", repeat="concat"),
+    "keys as [B, T, H, D], repeated": Spelling(transpose="bshd"),
+    "no past": Spelling(past=False),
+    "causal only": Spelling(mask=builder.causal),
+    "static": Spelling(static=True),
+    "float16": Spelling(dtype=TensorProto.FLOAT16, cast=True),
+    "opset 18": Spelling(opset=18),
+    "opset 23": Spelling(opset=23),
+}
+SCALES = {"no scale": 1.0}
+KV_HEADS = {"as many kv heads": HQ, "one kv head, broadcast by the product": 1, "keys as [B, T, H, D]": HQ}
+LENGTHS = [(2, 8, 3), (3, 20, 0), (3, 5, 17), (2, 1, 9)]  # batch, rows, past: prefill, chunk, decode
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_is_found_and_equal(name: str, tmp_path: Path) -> None:
+    spelling = SPELLINGS[name]
+    model = builder.attention(spelling)
+    path = running.save(model, tmp_path)
+    report = inspect(path)
+    assert [d.reason for d in report.declined] == []
+    (site,) = report.sites
+    assert site.id == "layers.0"
+    assert (site.heads, site.kv_heads, site.head_size, site.value_size) == (HQ, KV_HEADS.get(name, HKV), 16, DV)
+    assert site.scale == pytest.approx(SCALES.get(name, 0.25), rel=1e-6)
+    assert site.mask.kind == ("causal" if name == "causal only" else "causal+padding")
+    out, done = running.rewritten(path)
+    assert done.rewritten == 1
+    kinds = [n.op_type for n in onnx.load(out).graph.node]
+    assert kinds.count("SampleAttention") == 1
+    assert "Softmax" not in kinds
+    assert "Expand" not in kinds, "key/value heads are still repeated"
+    full, sparse = running.Session(path), running.Session(out)
+    assert sparse.outputs == full.outputs
+    tolerance = 4e-3 if spelling.dtype == TensorProto.FLOAT16 else 2e-6
+    for batch, rows, past in [LENGTHS[0]] if spelling.static else LENGTHS:
+        for pad in ("none",) if name == "causal only" else ("none", "left", "right"):
+            feeds = builder.feeds(model, batch, rows, past if spelling.past else 0, pad=pad)
+            expected, got = full(feeds), sparse(feeds)
+            real = running.real_rows(feeds["attention_mask"], rows)
+            assert running.largest_difference(expected["result"], got["result"], real) < tolerance
+            if spelling.past:
+                assert (expected["present_key"] == got["present_key"]).all()
+
+
+def test_without_value_info_and_node_names(tmp_path: Path) -> None:
+    model = builder.attention(SPELLINGS["sdpa"])
+    for node in model.graph.node:
+        node.name = ""
+    path = running.save(model, tmp_path)
+    report = inspect(path)
+    assert len(report.sites) == 1
+    assert report.sites[0].node  # the tensor it makes stands in for its name
+
+
+def test_dropout_of_inference_is_passed(tmp_path: Path) -> None:
+    path = running.save(builder.attention(change=lambda b, at, x: b.op("Dropout", x) if at == "probabilities" else x), tmp_path)
+    assert len(inspect(path).sites) == 1
+
+
+def test_shape_readers_do_not_stop_it(tmp_path: Path) -> None:
+    """TorchScript reads the shape of scores and results; the readers go with what they read."""
+
+    def change(b: builder.Builder, at: str, x: str) -> str:
+        if at == "scores":
+            b.op("Shape", x)
+        return x
+
+    path = running.save(builder.attention(replace(SPELLINGS["eager"]), change=change), tmp_path)
+    out, report = running.rewritten(path)
+    assert report.rewritten == 1
+    assert "Softmax" not in [n.op_type for n in onnx.load(out).graph.node]
