@@ -23,7 +23,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -64,8 +64,8 @@ class Config:
         """The policy of each site that is to be rewritten, by id; a skipped site has none.
 
         Raises:
-            GraphError: an entry names no site, states a fact that is not so, gives a value that does not fit the site, or asks something of a site
-                that is declined.
+            GraphError: an entry names no site, states a fact that is not so, gives a value that does not fit the site, or asks
+                something of a site that is declined.
         """
         entries = {e.id: e for e in self.entries}
         known = {s.id for s in sites}
@@ -106,9 +106,8 @@ class Config:
             return self.defaults.replace(**entry.overrides).for_heads(site.heads)
         except GraphError as error:
             self._fail(entry, str(error).split()[0], str(error).rstrip("."))
-            raise
 
-    def _fail(self, entry: Entry, key: str, sentence: str) -> None:
+    def _fail(self, entry: Entry, key: str, sentence: str) -> NoReturn:
         line = entry.lines.get(key, entry.lines.get(""))
         where = self.source if line is None else f"{self.source}, line {line}"
         raise GraphError(f"{where}, {entry.id}: {sentence}.")
@@ -306,7 +305,7 @@ class _Reader:
         finally:
             loader.dispose()
 
-    def fail(self, node: yaml.Node, sentence: str) -> Any:
+    def fail(self, node: yaml.Node, sentence: str) -> NoReturn:
         raise GraphError(f"{self.source}, line {node.start_mark.line + 1}: {sentence}.")
 
 

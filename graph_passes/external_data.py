@@ -1,7 +1,8 @@
 """Weights that lie beside a model: they are checked and shared, never read.
 
-ONNX (External Data) gives each tensor a file relative to the model's folder, an offset and a length. The file may lie in the folder or below it; the ONNX
-checker and ONNX Runtime refuse paths that leave it, symbolic links that leave it, and (ONNX 1.20 and later, also for the original) hard-linked files.
+ONNX (External Data) gives each tensor a file relative to the model's folder, an offset and a length. The file may lie in the
+folder or below it. ONNX's checker (seen in 1.23) and ONNX Runtime refuse paths and symbolic links that leave it; the checker
+also refuses a hard-linked file, and then the original model with it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from graph_passes.errors import GraphError
 __all__ = ["WEIGHTS", "ExternalTensor", "external_tensors", "place", "verify"]
 
 WEIGHTS = ("share", "copy", "hardlink")
-"""How a model written to another folder gets its weights. `share`: the file itself where the new folder reaches it, else a copy-on-write clone that takes
-no space where the file system can make one, else a refusal. `hardlink`: the ONNX checker then refuses both models, ONNX Runtime runs them."""
+"""How a model written to another folder gets its weights. `share`: the file itself where the new folder reaches it, else a
+copy-on-write clone that takes no space where the file system can make one, else a refusal. `hardlink`: the ONNX checker then
+refuses both models, ONNX Runtime runs them."""
 
 _FICLONE = 0x40049409  # <linux/fs.h>
 
@@ -82,7 +84,8 @@ def verify(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
     for location, (end, name) in ends.items():
         if Path(location).is_absolute() or ".." in Path(location).parts:
             raise GraphError(
-                f"The model keeps weights in {location}, but ONNX allows only files inside the model's folder; save the model again with its weights beside it."
+                f"The model keeps weights in {location}, but ONNX allows only files inside the model's folder; "
+                f"save the model again with its weights beside it."
             )
         path = folder / location
         if not path.is_file():
@@ -90,7 +93,8 @@ def verify(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
         sizes[location] = path.stat().st_size
         if sizes[location] < end:
             raise GraphError(
-                f"The weights file {path} has {sizes[location]} bytes, but {name} ends at byte {end}: it is cut off or belongs to another model; copy or export it again."
+                f"The weights file {path} has {sizes[location]} bytes, but {name} ends at byte {end}: "
+                f"it is cut off or belongs to another model; copy or export it again."
             )
     return sizes
 
@@ -149,8 +153,8 @@ def _clone(file: Path, new: Path) -> None:
     except OSError:
         new.unlink(missing_ok=True)
         raise GraphError(
-            f"The weights {file} cannot be shared with a model in {new.parent}: ONNX allows only files inside the model's folder. "
-            f"Write the output into {file.parent} or a folder above it, or ask for a copy of the weights ({file.stat().st_size / 2**20:.0f} MiB)."
+            f"The weights {file} cannot be shared with a model in {new.parent}, since ONNX allows only files inside the model's "
+            f"folder; write the output into {file.parent} or a folder above it, or ask for a copy of the weights ({_mib(file)})."
         ) from None
 
 
@@ -158,9 +162,14 @@ def _copy(file: Path, new: Path) -> None:
     free = shutil.disk_usage(new.parent).free
     if free < file.stat().st_size:
         raise GraphError(
-            f"{new.parent} has {free / 2**20:.0f} MiB free, but the weights {file.name} take {file.stat().st_size / 2**20:.0f} MiB; free some space or choose another folder."
+            f"{new.parent} has {free / 2**20:.0f} MiB free, but the weights {file.name} take {_mib(file)}; "
+            f"free some space or choose another folder."
         )
     shutil.copyfile(file, new)
+
+
+def _mib(file: Path) -> str:
+    return f"{file.stat().st_size / 2**20:.0f} MiB"
 
 
 def _hardlink(file: Path, new: Path) -> None:

@@ -60,7 +60,8 @@ def import_graph(model: onnx.ModelProto) -> gs.Graph:
 def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
     """The model of a changed graph, with everything of the original that graphsurgeon does not keep.
 
-    Graph inputs and outputs are the original's to the letter; functions, metadata, documentation and overloads of surviving nodes are restored.
+    Graph inputs and outputs are the original's to the letter; functions, metadata, documentation and overloads of surviving
+    nodes are restored.
     """
     with G_LOGGER.suppress():
         model = gs.export_onnx(graph, do_type_check=False)

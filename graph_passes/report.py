@@ -56,9 +56,8 @@ class InspectReport:
         Args:
             explain: also what was proved, and which nodes each site stands for.
         """
-        lines = [
-            f"{self.model.name}: {_count(len(self.sites), 'site')} can be rewritten, {len(self.declined)} declined (opset {self.opset}, {self.nodes} nodes)"
-        ]
+        found = f"{_count(len(self.sites), 'site')} can be rewritten, {len(self.declined)} declined"
+        lines = [f"{self.model.name}: {found} (opset {self.opset}, {self.nodes} nodes)"]
         lines += _site_table([(s, "") for s in self.sites])
         if explain:
             for s in self.sites:

@@ -56,7 +56,7 @@ def block_mask(
     tile_last = torch.clamp(tile_first + bq, max=T) - 1
     block_first = torch.arange(nk, device=dev) * bk
     causal = block_first[None] <= tile_last[:, None]  # [nq, nk]
-    if policy.policy == "dense" or T < policy.min_length or S <= DECODE_MAX_ROWS:
+    if policy.policy == "dense" or policy.min_length > T or S <= DECODE_MAX_ROWS:
         return causal.expand(B, Hq, nq, nk).clone()
     mask = torch.ones(B, T, dtype=torch.bool, device=dev) if key_mask is None else key_mask.bool()
 
@@ -108,7 +108,15 @@ def block_mask(
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, blocks: torch.Tensor, policy: Policy, *, scale: float, softcap: float = 0.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    blocks: torch.Tensor,
+    policy: Policy,
+    *,
+    scale: float,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention over the kept blocks.
 
@@ -178,9 +186,13 @@ def use_policies(model: Any, policies: Policy | Mapping[int, Policy]) -> Iterato
             record.cra_mean.setdefault(layer, []).append(cra.mean((0, 2)).cpu())
         return out.transpose(1, 2).contiguous(), None
 
-    def mask(*args: Any, mask_function: Any = causal_mask_function, attention_mask: Any = None, local_size: Any = None, **kwargs: Any) -> Any:
+    def mask(
+        *args: Any, mask_function: Any = causal_mask_function, attention_mask: Any = None, local_size: Any = None, **kwargs: Any
+    ) -> Any:
         if mask_function is not causal_mask_function or local_size is not None:
-            raise NotImplementedError("use_policies evaluates full causal attention only; this model has a windowed, chunked or packed mask.")
+            raise NotImplementedError(
+                "use_policies evaluates full causal attention only; this model has a windowed, chunked or packed mask."
+            )
         return attention_mask
 
     name = "sample_attention_eval"
@@ -244,7 +256,9 @@ def _probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, rows: t
     return _softmax_or_zero(scores, allowed[:, None])
 
 
-def _tile_mass(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, policy: Policy, scale: float, softcap: float) -> torch.Tensor:
+def _tile_mass(
+    q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, policy: Policy, scale: float, softcap: float
+) -> torch.Tensor:
     import torch
 
     B, Hq, S, _ = q.shape
@@ -263,7 +277,9 @@ def _tile_mass(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, mask: tor
     return out
 
 
-def _residue_mass(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, policy: Policy, scale: float, softcap: float) -> torch.Tensor:
+def _residue_mass(
+    q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, policy: Policy, scale: float, softcap: float
+) -> torch.Tensor:
     import torch
 
     B, Hq, S, _ = q.shape

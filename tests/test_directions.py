@@ -1,7 +1,10 @@
 """Who may know whom.
 
-Python: samples -> sa_export -> graph_passes. Heavy packages are imported inside of functions, so that `sa-export --help` is instant.
-C++: adapters (tensorrt, onnxruntime, c_abi) -> core -> kernels -> kernels/common; the public headers know none of them, and only its own adapter knows a framework.
+Python: samples -> sa_export -> graph_passes. Heavy packages are imported inside of functions, so that `sa-export --help` is
+instant.
+
+C++: adapters (tensorrt, onnxruntime, c_abi) -> core -> kernels -> kernels/common; the public headers know none of them, and only
+its own adapter knows a framework.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Standard operators have no ragged product. So the tiles of all batch items and heads are sorted by how many blocks they keep and split
 into a few groups; each group gathers its tiles' kept keys, padded to the largest count in the group, and is then a plain batched
-attention. Time follows the density, and the score matrix in memory is at most 1 / GROUPS of the full one.
+attention. Time follows the density, and no temporary is larger than an eighth of the full score matrix.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from graph_passes.body.geometry import NOWHERE, Geometry, masked
 
 __all__ = ["attend", "retained"]
 
-GROUPS = 8
-"""More groups pad less; fewer have fewer nodes. With counts spread evenly, 8 groups compute 1/16 of the key blocks in vain."""
+BOUNDS = (0, 7, 13, 18, 22, 26, 29, 31, 32)
+"""Where the groups begin and end, in 32nds of the sorted tiles. The last ones are small, because their width is the largest: the few tiles
+that keep everything (`dense_rows`) then widen few others. More groups pad less; fewer have fewer nodes. With counts spread evenly, these
+compute 1/13 of the key blocks in vain."""
+
+GROUPS = len(BOUNDS) - 1
 
 
 @dataclass(frozen=True)
 class _Sorted:
-    """The tiles of all (batch, head), R of them, those that keep most blocks first. Each has a slot for every key, kept keys first.
+    """The tiles of all (batch, head), R of them, those that keep fewest blocks first. Each has a slot for every key, kept keys first.
 
     order: [R] the tile at each place; place: [R] the place of each tile.
-    sizes: [GROUPS] tiles in each group, 0 for some when R < GROUPS.
-    widths: [GROUPS] slots that the first tile of each group fills.
+    sizes: [GROUPS] tiles in each group, 0 for some when R is small.
+    widths: [GROUPS] slots that the last (widest) tile of each group fills.
     query: [R, height, D] with `height` rows of a tile; position: [R, height, 1] float.
     slot_block: [R, blocks] block of each slot.
     slot_key: [R, Tp] index of flattened (batch, key/value head, key).
@@ -43,21 +47,16 @@ class _Sorted:
     slot_position: Value
 
 
-@dataclass(frozen=True)
-class _Group:
-    """One group of M tiles. weights: [M, height, W] probability of the keys in the first W slots."""
-
-    index: int
-    width: Value
-    weights: Value
-
-
 def attend(g: Builder, geo: Geometry, kept: Value) -> Value:
     """kept: [B, H, tiles, blocks] bool. Returns [B, H, S, Dv] float32; a row with no key left gives zeros."""
     tiles = _sorted(g, geo, kept)
     values = geo.value.reshape(-1, geo.dv)
-    outputs = [g.matmul(group.weights, values.gather(_slots(g, tiles, tiles.slot_key, group), axis=0)) for group in _groups(g, geo, tiles)]
-    return _by_row(g, geo, tiles, outputs, geo.dv) * _has_key(g, geo, kept)
+    outputs = [
+        g.matmul(weights, values.gather(_slots(g, tiles, tiles.slot_key, group), axis=0))
+        for group, weights in enumerate(_weights(g, geo, tiles))
+    ]
+    output = _by_row(g, geo, tiles, outputs, geo.dv)
+    return output * _has_key(g, geo, kept) if geo.has_mask else output
 
 
 def retained(g: Builder, geo: Geometry, seen: Value, kept: Value) -> Value:
@@ -70,18 +69,19 @@ def retained(g: Builder, geo: Geometry, seen: Value, kept: Value) -> Value:
     dropped = (~kept).to_float().reshape(count, geo.blocks).gather(tiles.order, axis=0)
     dropped = g.node("GatherElements", dropped, tiles.slot_block, kind="f", axis=1)
     dropped = dropped.unsqueeze(2).expand(count, geo.blocks, geo.block_k).reshape(count, geo.tp)
-    shares = [g.matmul(group.weights, _slots(g, tiles, dropped, group).unsqueeze(2)) for group in _groups(g, geo, tiles)]
-    share = (1.0 - _by_row(g, geo, tiles, shares, g.ints(1))) * _has_key(g, geo, seen)
-    return share.reshape(geo.b, geo.h, geo.s)
+    shares = [g.matmul(weights, _slots(g, tiles, dropped, group).unsqueeze(2)) for group, weights in enumerate(_weights(g, geo, tiles))]
+    share = 1.0 - _by_row(g, geo, tiles, shares, g.ints(1))
+    return (share * _has_key(g, geo, seen) if geo.has_mask else share).reshape(geo.b, geo.h, geo.s)
 
 
 def _sorted(g: Builder, geo: Geometry, kept: Value) -> _Sorted:
     count = geo.b * geo.h * geo.tiles
     height = geo.block_q.minimum(geo.s)  # a call shorter than a tile (decode) is not padded up to one
     kept = kept.reshape(count, geo.blocks).to_int()
-    filled, order = g.nodes_of("TopK", kept.sum(1), count, kinds=("i", "i"), axis=0)
+    # Ascending, because ONNX Runtime computes the last input of the final Concat first: memory of wide groups then serves narrow ones.
+    filled, order = g.nodes_of("TopK", kept.sum(1), count, kinds=("i", "i"), axis=0, largest=0)
     _, place = g.nodes_of("TopK", order, count, kinds=("i", "i"), axis=0, largest=0)
-    bounds = g.ints(*range(GROUPS + 1)) * count // GROUPS
+    bounds = g.ints(*BOUNDS) * count // BOUNDS[-1]
     starts, ends = bounds.slice(0, 0, GROUPS), bounds.slice(0, 1, GROUPS + 1)
 
     query = geo.query.pad_end(2, geo.tiles * height - geo.s).reshape(count, height, geo.d).gather(order, axis=0)
@@ -91,7 +91,8 @@ def _sorted(g: Builder, geo: Geometry, kept: Value) -> _Sorted:
     rank = kept.gather(order, axis=0) * (geo.blocks - geo.arange(geo.blocks))
     rank, slot_block = g.nodes_of("TopK", rank, geo.blocks, kinds=("i", "i"), axis=1)
     head = order // (geo.tiles * geo.g)
-    slot_key = (head.unsqueeze(1) * geo.tp + slot_block * geo.block_k).unsqueeze(2) + geo.arange(geo.block_k)
+    slot_key = (head.unsqueeze(1) * geo.t + slot_block * geo.block_k).unsqueeze(2) + geo.arange(geo.block_k)
+    slot_key = slot_key.minimum(((head + 1) * geo.t - 1).unsqueeze(1, 2))  # past T the last key stands in, at a position that hides it
     # Positions are one table for the whole call, or one for each batch item.
     batch = order // (geo.tiles * geo.h) % g.dim(geo.key_position, 0)
     slot_position = geo.key_position.reshape(-1, geo.block_k).gather(batch.unsqueeze(1) * geo.blocks + slot_block, axis=0)
@@ -100,7 +101,7 @@ def _sorted(g: Builder, geo: Geometry, kept: Value) -> _Sorted:
         order=order,
         place=place,
         sizes=ends - starts,
-        widths=filled.gather(starts.minimum(count - 1), axis=0) * geo.block_k,
+        widths=filled.gather((ends - 1).maximum(0), axis=0) * geo.block_k,
         query=query,
         position=position.to_float().unsqueeze(2),
         slot_block=slot_block,
@@ -109,21 +110,21 @@ def _sorted(g: Builder, geo: Geometry, kept: Value) -> _Sorted:
     )
 
 
-def _groups(g: Builder, geo: Geometry, tiles: _Sorted) -> Iterator[_Group]:
+def _weights(g: Builder, geo: Geometry, tiles: _Sorted) -> Iterator[Value]:
+    """Of each group [M, height, W]: the probability of the keys in the W slots that its widest tile fills."""
     keys = geo.key.reshape(-1, geo.d)
     queries, positions = (g.split(x, tiles.sizes, GROUPS) for x in (tiles.query, tiles.position))
-    widths = g.split(tiles.widths, g.ints(*[1] * GROUPS), GROUPS)
-    for index in range(GROUPS):
-        group = _Group(index, widths[index], weights=tiles.query)
+    for group in range(GROUPS):
         key = keys.gather(_slots(g, tiles, tiles.slot_key, group), axis=0)
         key_position = _slots(g, tiles, tiles.slot_position, group).unsqueeze(1)
-        products = g.matmul(queries[index], key.transpose(0, 2, 1))
-        yield _Group(index, widths[index], g.softmax(masked(g, geo, products, positions[index], key_position)))
+        products = g.matmul(queries[group], key.transpose(0, 2, 1))
+        yield g.softmax(masked(g, geo, products, positions[group], key_position))
 
 
-def _slots(g: Builder, tiles: _Sorted, table: Value, group: _Group) -> Value:
+def _slots(g: Builder, tiles: _Sorted, table: Value, group: int) -> Value:
     """[M, W]: the part of a table [R, Tp] that belongs to a group."""
-    return g.split(table, tiles.sizes, GROUPS)[group.index].slice(1, 0, group.width)
+    width = g.split(tiles.widths, g.ints(*[1] * GROUPS), GROUPS)[group]
+    return g.split(table, tiles.sizes, GROUPS)[group].slice(1, 0, width)
 
 
 def _by_row(g: Builder, geo: Geometry, tiles: _Sorted, results: Sequence[Value], width: Value) -> Value:

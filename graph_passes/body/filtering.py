@@ -21,7 +21,7 @@ def block_mask(g: Builder, geo: Geometry, policy: str, sampled: Sample, full: Va
     alpha = _alpha(g, "alpha")
     if policy in ("residue", "tile"):
         free = sampled.mass * (~forced).to_float()
-        share = free / free.sum(-1, keepdims=True).maximum(1e-30)
+        share = free / free.sum(-1, keepdims=True).maximum(1e-37)
         nothing_seen = ~(sampled.mass.sum(-1, keepdims=True) > 0.0)
         # All of the mass may be forced: then no other block is wanted, although none of them reaches alpha.
         kept = (_smallest_set(g, geo, share, alpha) & (free > 0.0)) | forced | nothing_seen
@@ -41,7 +41,7 @@ def dense_block_mask(geo: Geometry) -> Value:
 def certificate(g: Builder, geo: Geometry, sampled: Sample, kept: Value, full: Value) -> Value:
     """[B, H, 2]: min and mean over the sampled rows of the sampled probability inside kept blocks."""
     by_block = sampled.by_block()
-    dropped = (~kept).gather(sampled.rows // geo.block_q, axis=2).slice(3, 0, g.dim(by_block, 3)).to_float()
+    dropped = (~kept).gather(sampled.rows // geo.block_q, axis=2).to_float()
     lost = (by_block * dropped).sum(-1)  # 0 for rows without a sample
     count = sampled.ok.to_float().sum(-1, keepdims=True).maximum(1.0)
     pair = 1.0 - g.concat(lost.max(-1, keepdims=True), lost.sum(-1, keepdims=True) / count, axis=-1)

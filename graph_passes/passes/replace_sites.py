@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 def replace_sites(graph: gs.Graph, sites: Sequence[AttentionSite], policies: Mapping[str, Policy]) -> int:
     """Replaces sites in place; nodes that nothing reads any more stay for `remove_dead_nodes`.
 
-    1. A site that is a `SampleAttention` node already gets new attributes, and a key mask of type bool if it has one of another type.
-    2. Any other site gets a new node that makes the same output tensor, put where the old maker of that tensor stands, so that the order of the
-       graph stays topological. Operands that lie in another layout get a Transpose in front.
+    1. A site that is a `SampleAttention` node already gets new attributes, and a key mask of type bool if it has another one.
+    2. Any other site gets a new node that makes the same output tensor, put where the old maker of that tensor stands, so that
+       the order of the graph stays topological. Operands that lie in another layout get a Transpose in front.
 
     Args:
         graph: changed in place.

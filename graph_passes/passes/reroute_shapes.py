@@ -1,4 +1,5 @@
-"""Lets nothing live only for its shape: readers of the shape of a tensor that a site no longer needs get the same lengths from what the site reads."""
+"""Lets nothing live only for its shape: readers of the shape of a tensor that a site no longer needs get the same lengths from
+what the site reads."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ logger = logging.getLogger(__name__)
 def reroute_shapes(graph: gs.Graph, symbolic: SymbolicGraph, sites: Sequence[AttentionSite]) -> int:
     """Replaces, in place, Shape nodes that read a tensor between the operands of a site and its output.
 
-    TorchScript asks the repeated keys for their batch size, for example; without this the repetition would stay, and be computed for every call.
-    A shape is replaced only when each of its lengths is a number or equal to a length of the query, key or value that the new node reads.
+    TorchScript asks the repeated keys for their batch size, for example; without this the repetition would stay, and be
+    computed for every call. A shape is replaced only when each of its lengths is a number or equal to a length of the query,
+    key or value that the new node reads.
 
     Args:
         graph: changed in place, before or after the sites were replaced.
@@ -43,7 +45,9 @@ def reroute_shapes(graph: gs.Graph, symbolic: SymbolicGraph, sites: Sequence[Att
         site = inside[node.inputs[0].name]
         lengths = symbolic.known_shape(node.inputs[0])[shape_window(node)]
         new = _lengths(site, lengths, symbolic, names)
-        if new is None or any(position[id(t.inputs[0])] > position[id(node)] for t in _read(new) if t.inputs and id(t.inputs[0]) in position):
+        if new is None or any(
+            position[id(t.inputs[0])] > position[id(node)] for t in _read(new) if t.inputs and id(t.inputs[0]) in position
+        ):
             continue
         output = node.outputs[0]
         node.outputs.clear()

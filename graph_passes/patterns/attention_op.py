@@ -2,8 +2,10 @@
 
 Keys and values come in whole, with the past joined outside, and the mask is a tensor. What is declined, and why:
 
-1. `is_causal=1` without a past input masks from the top left (row i sees the keys 0 .. i): the same as full causal attention only when T = S.
-2. A past inside the operator, `nonpad_kv_seqlen`, windows, a soft-cap and the product output have meanings that one node does not carry over.
+1. `is_causal=1` without a past input masks from the top left (row i sees the keys 0 .. i): the same as full causal attention
+   only when T = S.
+2. A past inside the operator, `nonpad_kv_seqlen`, windows, a soft-cap and the product output have meanings that one node does
+   not carry over.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from graph_passes.patterns.grid import Grid
 from graph_passes.patterns.layout import operands
 from graph_passes.patterns.masks import MaskTerm, decide
 from graph_passes.site import AttentionSite, Refusal, label
-from graph_passes.symbolic.graph import SymbolicGraph, inputs_of, is_standard
+from graph_passes.symbolic.graph import SymbolicGraph, inputs_of, is_standard, op_names
 from graph_passes.symbolic.poly import const, floordiv
 
 __all__ = ["PATTERN", "is_attention", "matches", "site"]
 
 PATTERN = "onnx Attention"
 
-_KNOWN = frozenset(
-    ["is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "scale", "softcap", "softmax_precision", "left_window_size", "right_window_size"]
+_KNOWN = op_names(
+    "is_causal kv_num_heads q_num_heads qk_matmul_output_mode scale softcap softmax_precision left_window_size right_window_size"
 )
 
 

@@ -1,4 +1,5 @@
-"""`SampleAttention` nodes that a model holds already: exported so, or rewritten before. They are sites as they stand; a rewrite gives them new settings."""
+"""`SampleAttention` nodes that a model holds already: exported so, or rewritten before. They are sites as they stand; a rewrite
+gives them new settings."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def find(
 ) -> tuple[list[AttentionSite], list[DeclinedSite]]:
     """All candidates of a graph in its order, as sites and as refusals; every candidate is in exactly one of the lists.
 
-    Attention cores are named `layers.0`, `layers.1`, ... whatever becomes of them, other candidates `other.0`, ... Candidates inside of subgraphs
-    (If, Loop, Scan) and of model-local functions are listed as refusals.
+    Attention cores are named `layers.0`, `layers.1`, ... whatever becomes of them, other candidates `other.0`, ... Candidates
+    inside of subgraphs (If, Loop, Scan) and of model-local functions are listed as refusals.
     """
     sites: list[AttentionSite] = []
     declined: list[DeclinedSite] = []

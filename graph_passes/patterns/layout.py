@@ -1,7 +1,7 @@
 """Follows a query, key or value from the product that reads it back to the tensor that holds it as [B, H, length, head size].
 
-Transposes in any spelling, the repetition of key/value heads, no-op casts and scalar factors on the way are undone by following one symbolic element;
-what is found is therefore equal to the original for every index, whatever operators spelled it.
+Transposes in any spelling, the repetition of key/value heads, no-op casts and scalar factors on the way are undone by following
+one symbolic element; what is found is therefore equal to the original for every index, whatever operators spelled it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.patterns.grid import Grid
 from graph_passes.site import Operand, Refusal, label
-from graph_passes.symbolic import points
 from graph_passes.symbolic.graph import Shape, Stuck, SymbolicGraph, is_standard, producer
+from graph_passes.symbolic.movement import broadcast_index, move
 from graph_passes.symbolic.poly import Poly, const, floordiv
 
 __all__ = ["Holder", "Read", "Step", "follow", "holders", "operands", "scalar_factor"]
@@ -72,12 +72,12 @@ def follow(sg: SymbolicGraph, tensor: gs.Tensor, index: Shape) -> Iterator[Step]
         try:
             scaled = scalar_factor(sg, node)
             if scaled is not None:
-                index = points.broadcast_index(sg, node, scaled[0], index)
+                index = broadcast_index(sg, node, scaled[0], index)
                 tensor, factor = scaled[0], factor * scaled[1]
             elif _widens(sg, node):
                 tensor = node.inputs[0]
             else:
-                moved = points.move(sg, node, tensor, index)
+                moved = move(sg, node, tensor, index)
                 if moved is None:
                     return
                 tensor, index = moved
@@ -128,7 +128,9 @@ def holders(
 def operands(
     sg: SymbolicGraph, grid: Grid, query: Read, key: Read, value: Read, output: gs.Tensor, node: gs.Node
 ) -> tuple[Holder, Holder, Holder]:
-    """Where queries, keys and values are held: one element type, that of the output, and keys and values with the fewest heads that both have.
+    """Where queries, keys and values are held.
+
+    All have the element type of the output, and keys and values have the fewest heads that both can be had with.
 
     Args:
         query, key, value: the elements (b, h, q, d), (b, h, kv, d) and (b, h, kv, w) as the products read them.

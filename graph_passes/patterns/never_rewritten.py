@@ -9,15 +9,17 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from graph_passes.site import AttentionSite, Refusal, label
-from graph_passes.symbolic.graph import SymbolicGraph, is_standard, producer
+from graph_passes.symbolic.graph import SymbolicGraph, is_standard, op_names, producer
 
 __all__ = ["CONTRIB", "DECOMPOSED", "contrib", "decomposed", "is_attention", "is_contrib", "is_decomposed"]
 
 CONTRIB = "com.microsoft"
 DECOMPOSED = "softmax in parts"
 
-_CONTRIB_OPS = frozenset(
-    ["Attention", "MultiHeadAttention", "GroupQueryAttention", "PagedAttention", "SparseAttention", "DecoderMaskedSelfAttention", "DecoderMaskedMultiHeadAttention", "DecoderAttention", "PackedAttention", "PackedMultiHeadAttention", "LongformerAttention", "QAttention", "QOrderedAttention", "TorchScaledDotProductAttention", "LinearAttention", "BiasSoftmax"]
+_CONTRIB_OPS = op_names(
+    "Attention MultiHeadAttention GroupQueryAttention PagedAttention SparseAttention DecoderMaskedSelfAttention "
+    "DecoderMaskedMultiHeadAttention DecoderAttention PackedAttention PackedMultiHeadAttention "
+    "LongformerAttention QAttention QOrderedAttention TorchScaledDotProductAttention LinearAttention BiasSoftmax"
 )
 
 

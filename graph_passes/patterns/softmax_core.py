@@ -1,13 +1,14 @@
 """Attention spelled with Softmax: `MatMul(Q, K^T) -> ... -> Softmax -> ... -> MatMul(V)`.
 
-From each Softmax, back over an allow-list to the one product of queries and keys, and forward to the one product with the values. On the way back:
+From each Softmax, back over an allow-list to the one product of queries and keys, and forward to the one product with the
+values. On the way back:
 
 1. a scalar factor (`Mul`, `Div`), before or after the mask; factors on Q and K count too, all are multiplied into `scale`;
 2. a mask: `Add`, `Sub`, `Where(mask, score, fill)` or `Where(mask, fill, score)`;
-3. float casts (softmax in float32), `Identity`, and a constant shift.
+3. float casts (softmax in float32), `Identity`, and the shift `x - ReduceMax(x)`, which softmax does not feel.
 
-On the way forward: casts, `Identity`, and the NaN guard `Where(IsNaN(p), 0, p)`. Q, K and V are opaque tensors. Any other node, any other consumer and a
-graph output on the way decline the site with the reason.
+On the way forward: casts, `Identity`, and the NaN guard `Where(IsNaN(p), 0, p)`. Q, K and V are opaque tensors. Any other node,
+any other consumer and a graph output on the way decline the site with the reason.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from graph_passes.patterns.grid import Grid
 from graph_passes.patterns.layout import operands, scalar_factor
 from graph_passes.patterns.masks import MaskTerm, decide
 from graph_passes.site import AttentionSite, Refusal, label
-from graph_passes.symbolic.graph import SymbolicGraph, is_standard, producer
+from graph_passes.symbolic.graph import SymbolicGraph, is_standard, op_names, producer
 from graph_passes.symbolic.poly import Poly, const
 
 __all__ = ["PATTERN", "Core", "find_core", "is_attention", "matches", "measure", "site"]
@@ -146,6 +147,9 @@ def _back(sg: SymbolicGraph, softmax: gs.Node) -> tuple[gs.Node, float, list[Mas
             tensor, factor = scaled[0], factor * scaled[1]
         elif node.op in ("Cast", "Identity"):
             tensor = node.inputs[0]
+        elif _is_shift(sg, node):
+            tensor = node.inputs[0]
+            between.append(node.inputs[1].inputs[0])
         elif node.op in ("Add", "Sub"):
             tensor, mask = _scores_and_mask(sg, node)
             terms.append(MaskTerm("add", mask, node, factor=-factor if node.op == "Sub" else factor))
@@ -162,6 +166,18 @@ def _back(sg: SymbolicGraph, softmax: gs.Node) -> tuple[gs.Node, float, list[Mas
         between.append(node)
 
 
+def _is_shift(sg: SymbolicGraph, node: gs.Node) -> bool:
+    """`x - ReduceMax(x)` over the keys."""
+    if node.op != "Sub":
+        return False
+    scores, highest = node.inputs
+    by = producer(highest)
+    if by is None or by.op != "ReduceMax" or by.inputs[0] is not scores or not by.attrs.get("keepdims", 1):
+        return False
+    axes = by.attrs.get("axes") or (sg.constant_integers(by.inputs[1]) if len(by.inputs) > 1 else None)
+    return axes is not None and [int(a) for a in axes] in ([-1], [len(sg.known_shape(scores)) - 1])
+
+
 def _scores_and_mask(sg: SymbolicGraph, node: gs.Node) -> tuple[gs.Tensor, gs.Tensor]:
     left, right = node.inputs
     reaches = [_find_product(sg, t, set()) is not None for t in (left, right)]
@@ -172,7 +188,7 @@ def _scores_and_mask(sg: SymbolicGraph, node: gs.Node) -> tuple[gs.Tensor, gs.Te
     raise Refusal(f"it cannot be told which input of {node.op} holds the scores and which the mask.", label(node))
 
 
-_ON_THE_WAY = frozenset(["Cast", "Identity", "Add", "Sub", "Mul", "Div", "Where", "Tanh", "Reshape", "Concat", "Slice", "Unsqueeze", "Squeeze", "Neg"])
+_ON_THE_WAY = op_names("Cast Identity Add Sub Mul Div Where Tanh Reshape Concat Slice Unsqueeze Squeeze Neg")
 
 
 def _find_product(sg: SymbolicGraph, tensor: gs.Tensor, seen: set[int]) -> gs.Node | None:

@@ -1,15 +1,16 @@
 """A graph seen symbolically: the shape of each tensor as polynomials, and the value of each element as an expression.
 
-The rules for operators live in `shapes` and `points`. Nothing is run and no weight is read: an element that no rule explains is a `Load`, which is
-equal to itself and otherwise unknown. Standard operators of ONNX are taken at their specified meaning; symbols of the same name in the declared
-shapes of graph inputs are the same length (ONNX, "Static tensor shapes").
+The rules for operators live in `shapes` and `points`. Nothing is run and no weight is read: an element that no rule explains is
+a `Load`, which is equal to itself and otherwise unknown. Standard operators of ONNX are taken at their specified meaning;
+symbols of the same name in the declared shapes of graph inputs are the same length (ONNX, "Static tensor shapes").
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.symbolic.logic import Atom, Value
 from graph_passes.symbolic.poly import Dim, Load, Poly, const, poly
 
-__all__ = ["MALFORMED", "Shape", "Stuck", "SymbolicGraph", "is_standard"]
+__all__ = ["MALFORMED", "Shape", "Stuck", "SymbolicGraph", "is_standard", "op_names"]
 
 Shape = tuple[Poly, ...]
 
@@ -37,6 +38,11 @@ class Stuck(Exception):
         super().__init__(why)
         self.node = node
         self.why = why
+
+
+def op_names(names: str) -> frozenset[str]:
+    """The names in a text, which is easier to read than a list of them."""
+    return frozenset(names.split())
 
 
 def is_standard(node: gs.Node) -> bool:
@@ -62,6 +68,9 @@ class SymbolicGraph:
         self.outputs = {t.name for t in graph.outputs}
         self.origin: dict[Atom, gs.Node] = {}
         """The node that made each comparison."""
+        self.memory: dict[Hashable, Any] = {}
+        """Results of costly questions that several layers ask alike."""
+        self._signatures: dict[str, int] = {}
         self._shapes: dict[str, Shape | None] = {}
         self._dtypes: dict[str, int | None] = {}
         self._values: dict[tuple[str, tuple[Poly, ...]], Value] = {}
@@ -101,6 +110,25 @@ class SymbolicGraph:
         if key not in self._values:
             self._values[key] = points.value(self, tensor, index)
         return self._values[key]
+
+    def signature(self, tensor: gs.Tensor) -> int:
+        """A number that two tensors share only when they are computed alike: by equal nodes from the same inputs, equal
+        constants and equal shapes."""
+        if tensor.name not in self._signatures:
+            node = producer(tensor)
+            array = self.array(tensor)
+            key: tuple[Hashable, ...]
+            if array is not None:
+                key = ("constant", str(array.dtype), array.shape, array.tobytes())
+            elif node is None:
+                key = ("input", tensor.name)
+            elif node.op in ("Shape", "Size") and is_standard(node):
+                key = (node.op, self.shape(node.inputs[0]), _plain(node.attrs))
+            else:
+                made = next(i for i, t in enumerate(node.outputs) if t is tensor)
+                key = (node.op, node.domain, _plain(node.attrs), made, *(self.signature(t) if t.name else -1 for t in node.inputs))
+            self._signatures[tensor.name] = self.memory.setdefault(("signature", key), len(self._signatures))
+        return self._signatures[tensor.name]
 
     def known_values(self) -> Iterator[tuple[tuple[str, Shape], Value]]:
         """The elements found so far, each after those that it is made from."""
@@ -217,6 +245,18 @@ def element_type(tensor: gs.Tensor) -> int | None:
     if dtype is None or isinstance(dtype, int):
         return dtype or None
     return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+def _plain(attrs: dict[str, Any]) -> Hashable:
+    """Attributes as a value that is equal for equal attributes; tensors count by their content, subgraphs by identity."""
+    out: list[Hashable] = []
+    for name, value in sorted(attrs.items()):
+        if isinstance(value, gs.Constant):
+            array = np.asarray(value.values)
+            out.append((name, str(array.dtype), array.shape, array.tobytes()))
+        else:
+            out.append((name, id(value) if isinstance(value, gs.Graph) else repr(value)))
+    return tuple(out)
 
 
 def _is_open(length: Poly, tensor: gs.Tensor) -> bool:

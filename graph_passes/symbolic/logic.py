@@ -100,7 +100,8 @@ Value = Poly | float | Ite | Formula
 def less_equal(p: Poly) -> Formula:
     """p <= 0, decided where the ranges of the symbols decide it.
 
-    Of a comparison and its opposite (1 - p <= 0, all being integers) one is the atom and the other its negation, so that both are recognised.
+    Of a comparison and its opposite (1 - p <= 0, all being integers) one is the atom and the other its negation, so that both
+    are recognised.
     """
     if is_nonnegative(-p):
         return True

@@ -1,7 +1,6 @@
 """Value rules: the element of a node's output at an index, from elements of its inputs.
 
-`move` covers operators that only carry elements elsewhere (Reshape, Transpose, Expand, Slice ...); the same rule serves masks and the layouts of
-queries, keys and values. Comparisons, logic and integer arithmetic are exact; whatever has no rule is a `Load`.
+Comparisons, logic and integer arithmetic are exact; whatever has no rule is a `Load`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.symbolic import shapes
-from graph_passes.symbolic.graph import Shape, Stuck, SymbolicGraph, is_standard, producer
+from graph_passes.symbolic.constants import element, element_at
+from graph_passes.symbolic.graph import Shape, SymbolicGraph, is_standard, producer
 from graph_passes.symbolic.logic import (
     Equal,
     Formula,
@@ -34,9 +34,10 @@ from graph_passes.symbolic.logic import (
     number,
     truth,
 )
+from graph_passes.symbolic.movement import broadcast_index, move
 from graph_passes.symbolic.poly import Load, Poly, const, floordiv, is_nonnegative, product, remainder
 
-__all__ = ["broadcast_index", "move", "value"]
+__all__ = ["value"]
 
 _FLOATS = frozenset(getattr(onnx.TensorProto, n) for n in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"))
 _WIDE = frozenset(getattr(onnx.TensorProto, n) for n in ("INT32", "INT64", "UINT32", "UINT64", "FLOAT", "DOUBLE"))
@@ -51,7 +52,7 @@ def value(sg: SymbolicGraph, tensor: gs.Tensor, index: Shape) -> Value:
     """
     array = sg.array(tensor)
     if array is not None:
-        found = _constant(array, index)
+        found = element_at(array, index)
         return sg.load(tensor, index) if found is None else found
     node = producer(tensor)
     if node is None or not is_standard(node):
@@ -67,180 +68,6 @@ def value(sg: SymbolicGraph, tensor: gs.Tensor, index: Shape) -> Value:
         for atom in atoms(found):
             sg.origin.setdefault(atom, node)
     return found
-
-
-def broadcast_index(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor, index: Shape, out: Shape | None = None) -> Shape:
-    """The index into an operand that the index of a broadcast result reads."""
-    shape = sg.known_shape(tensor, node)
-    out = sg.known_shape(node.outputs[0], node) if out is None else out
-    at: list[Poly] = []
-    for k, length in enumerate(shape):
-        axis = k - len(shape) + len(index)
-        if length.value == 1:
-            at.append(const(0))
-        elif length == out[axis] or (length.value or 0) > 1:
-            at.append(index[axis])
-        else:
-            raise Stuck(node, f"it cannot be told whether axis {k} of {tensor.name} (length {length}) is repeated to length {out[axis]}")
-    return tuple(at)
-
-
-def move(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor, index: Shape) -> tuple[gs.Tensor, Shape] | None:
-    """The tensor and index that an output element is a copy of; None when the operator computes rather than moves."""
-    rule = _MOVES.get(node.op) if is_standard(node) else None
-    return None if rule is None else rule(sg, node, tensor, index)
-
-
-def _identity(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor, index: Shape) -> tuple[gs.Tensor, Shape]:
-    return node.inputs[0], index
-
-
-def _reshape(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor, index: Shape) -> tuple[gs.Tensor, Shape]:
-    source, target = sg.known_shape(node.inputs[0], node), sg.known_shape(tensor, node)
-    return node.inputs[0], _regroup(node, source, target, index)
-
-
-def _regroup(node: gs.Node, source: Shape, target: Shape, index: Shape) -> Shape:
-    """Index of the same element in row-major order: axes are matched in the smallest groups of equal size."""
-    at: list[Poly] = []
-    i = j = 0
-    while i < len(source) or j < len(target):
-        if i < len(source) and source[i].value == 1 and (j >= len(target) or target[j].value != 1):
-            at.append(const(0))
-            i += 1
-            continue
-        if j < len(target) and target[j].value == 1 and (i >= len(source) or source[i].value != 1):
-            j += 1
-            continue
-        a, b = i, j
-        i, j = i + 1, j + 1
-        while True:
-            inner, outer = list(source[a:i]), list(target[b:j])
-            size = shapes.divide_lengths(outer, inner)
-            if size is not None and size.value == 1:
-                break
-            if size is not None and i < len(source):
-                i += 1
-            elif shapes.divide_lengths(inner, outer) is not None and j < len(target):
-                j += 1
-            elif i < len(source) and j < len(target):
-                i, j = i + 1, j + 1
-            else:
-                raise Stuck(
-                    node, f"it regroups axes ({', '.join(map(str, source))}) to ({', '.join(map(str, target))}), which cannot be followed"
-                )
-        linear = const(0)
-        for length, position in zip(target[b:j], index[b:j], strict=True):
-            linear = linear * length + position
-        for axis in range(a, i):
-            whole = floordiv(linear, product(source[axis + 1 : i]))
-            at.append(whole if axis == a else remainder(whole, source[axis]))
-    return tuple(at)
-
-
-def _flatten(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor, index: Shape) -> tuple[gs.Tensor, Shape]:
-    source, target = sg.known_shape(node.inputs[0], node), sg.known_shape(tensor, node)
-    return node.inputs[0], _regroup(node, source, target, index)
-
-
-def _transpose(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor, index: Shape) -> tuple[gs.Tensor, Shape]:
-    perm = [int(p) for p in node.attrs.get("perm") or range(len(index))[::-1]]
-    return node.inputs[0], tuple(index[perm.index(k)] for k in range(len(index)))
-
-
-def _unsqueeze(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor, index: Shape) -> tuple[gs.Tensor, Shape]:
-    new = shapes.unsqueezed_axes(sg, node, len(index))
-    return node.inputs[0], tuple(k for i, k in enumerate(index) if i not in new)
-
-
-def _squeeze(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor, index: Shape) -> tuple[gs.Tensor, Shape]:
-    gone = shapes.squeezed_axes(sg, node)
-    rest = iter(index)
-    return node.inputs[0], tuple(const(0) if i in gone else next(rest) for i in range(len(sg.known_shape(node.inputs[0]))))
-
-
-def _expand(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor, index: Shape) -> tuple[gs.Tensor, Shape]:
-    return node.inputs[0], broadcast_index(sg, node, node.inputs[0], index, sg.known_shape(tensor, node))
-
-
-def _slice(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor, index: Shape) -> tuple[gs.Tensor, Shape]:
-    at = list(index)
-    for axis, (first, _, step) in shapes.slices(sg, node).items():
-        if not is_nonnegative(first):
-            raise Stuck(node, f"its start {first} on axis {axis} is not known to be >= 0")
-        at[axis] = first + index[axis] * step
-    return node.inputs[0], tuple(at)
-
-
-def _concat(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor, index: Shape) -> tuple[gs.Tensor, Shape] | None:
-    """A copy of one input when the position along the joined axis tells which."""
-    axis = shapes.axis_of(node, len(index))
-    position = index[axis]
-    for part in node.inputs:
-        length = sg.known_shape(part, node)[axis]
-        if is_nonnegative(length - 1 - position):
-            return part, (*index[:axis], position, *index[axis + 1 :])
-        position = position - length
-        if not is_nonnegative(position):
-            return None
-    return None
-
-
-def _split(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor, index: Shape) -> tuple[gs.Tensor, Shape]:
-    axis = shapes.axis_of(node, len(index))
-    which = next(i for i, t in enumerate(node.outputs) if t is tensor)
-    offset = sum(shapes.split_sizes(sg, node)[:which], start=const(0))
-    return node.inputs[0], (*index[:axis], index[axis] + offset, *index[axis + 1 :])
-
-
-_MOVES: dict[str, Callable[[SymbolicGraph, gs.Node, gs.Tensor, Shape], tuple[gs.Tensor, Shape] | None]] = {
-    "Identity": _identity,
-    "Reshape": _reshape,
-    "Flatten": _flatten,
-    "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
-    "Squeeze": _squeeze,
-    "Expand": _expand,
-    "Slice": _slice,
-    "Concat": _concat,
-    "Split": _split,
-}
-
-
-def _constant(array: np.ndarray, index: Shape) -> Value | None:
-    """Element of an array: at a fixed index, of a uniform array, of a progression, or of a two-valued triangle."""
-    fixed = tuple(k.value if k.value is not None else slice(None) for k in index)
-    try:
-        part = array[fixed]
-    except IndexError:
-        return None
-    free = [k for k in index if k.value is None]
-    if part.size == 0:
-        return None
-    first = _element(part.reshape(-1)[0])
-    if (part == part.reshape(-1)[0]).all():
-        return first
-    if part.ndim == 1 and part.dtype.kind in "iu":
-        step = int(part[1]) - int(part[0])
-        if (np.diff(part) == step).all():
-            return const(int(part[0])) + free[0] * step
-    return _triangle(part, free) if part.ndim == 2 else None
-
-
-def _triangle(part: np.ndarray, free: list[Poly]) -> Value | None:
-    """A matrix with one value on and left of a diagonal and another right of it."""
-    low, high = part[-1, 0], part[0, -1]
-    rows, columns = np.arange(part.shape[0])[:, None], np.arange(part.shape[1])[None, :]
-    diagonal = int((part[0] == low).sum()) - 1 if part[0, 0] == low else -int(np.argmax(part[:, 0] == low))
-    if low == high or not (part == np.where(columns - rows <= diagonal, low, high)).all():
-        return None
-    return ite(less_equal(free[1] - free[0] - diagonal), _element(low), _element(high))
-
-
-def _element(x: np.generic) -> Value:
-    if x.dtype.kind == "b":
-        return bool(x)
-    return const(int(x)) if x.dtype.kind in "iu" else float(x)
 
 
 def _operands(sg: SymbolicGraph, node: gs.Node, index: Shape) -> list[Value]:
@@ -435,7 +262,7 @@ def _range(sg: SymbolicGraph, node: gs.Node, index: Shape) -> Value | None:
 
 def _constant_of_shape(sg: SymbolicGraph, node: gs.Node, index: Shape) -> Value:
     fill = node.attrs.get("value")
-    return 0.0 if fill is None else _element(np.asarray(fill.values).reshape(-1)[0])
+    return 0.0 if fill is None else element(np.asarray(fill.values).reshape(-1)[0])
 
 
 def _gather(sg: SymbolicGraph, node: gs.Node, index: Shape) -> Value | None:

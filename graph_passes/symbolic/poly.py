@@ -1,7 +1,8 @@
 """Integer polynomials over the lengths and index variables of a graph, and what can be proved about their signs.
 
-Every symbol is an integer. `Dim` is a length that the graph leaves open (a `dim_param`), `Index` a position along an axis, `Quotient` and `Remainder`
-are what is left of a division that does not come out even, and `Load` is the element of a tensor whose value is not known.
+Every symbol is an integer. `Dim` is a length that the graph leaves open (a `dim_param`), `Index` a position along an axis,
+`Quotient` and `Remainder` are what is left of a division that does not come out even, and `Load` is the element of a tensor
+whose value is not known.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 __all__ = [
+    "Clamped",
     "Dim",
     "Index",
     "Load",
@@ -20,7 +22,8 @@ __all__ = [
     "Remainder",
     "Symbol",
     "const",
-    "floordiv", "index_variables",
+    "floordiv",
+    "index_variables",
     "is_nonnegative",
     "poly",
     "product",
@@ -37,6 +40,17 @@ class Dim:
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True)
+class Clamped:
+    """min(length, bound): what a Slice of `length` entries leaves of an axis of `bound` >= 2 entries."""
+
+    length: Poly
+    bound: int
+
+    def __str__(self) -> str:
+        return f"min({self.length}, {self.bound})"
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,7 @@ class Load:
         return f"{self.tensor}[{', '.join(map(str, self.index))}]"
 
 
-Symbol = Dim | Index | Quotient | Remainder | Load
+Symbol = Dim | Clamped | Index | Quotient | Remainder | Load
 Monomial = tuple[Symbol, ...]  # sorted, repeated for powers
 
 
@@ -224,19 +238,19 @@ def is_nonnegative(p: Poly) -> bool:
     for monomial, coefficient in p.terms:
         if any(isinstance(s, Load) for s in monomial):
             return False
-        positions = [s for s in monomial if not isinstance(s, Dim)]
+        positions = [s for s in monomial if not isinstance(s, (Dim, Clamped))]
         if not positions:
             lowest = lowest + Poly.of({monomial: coefficient})
         elif coefficient < 0:
             # All symbols are >= 0: a positive term is lowest at position 0, a negative one at the last position.
             extreme = const(coefficient)
             for s in monomial:
-                top = poly(s) if isinstance(s, Dim) else _largest(s)
+                top = poly(s) if isinstance(s, (Dim, Clamped)) else _largest(s)
                 if top is None:
                     return False
                 extreme = extreme * top
             lowest = lowest + extreme
-    if any(not isinstance(s, Dim) for s in lowest.symbols):
+    if any(not isinstance(s, (Dim, Clamped)) for s in lowest.symbols):
         return is_nonnegative(lowest)
     shifted = lowest.substitute(lambda s: poly(s) + s.least if isinstance(s, Dim) else None)
     return all(coefficient >= 0 for _, coefficient in shifted.terms)
@@ -249,7 +263,7 @@ def _largest(symbol: Symbol) -> Poly | None:
     if isinstance(symbol, Remainder):
         return symbol.denominator - 1
     if isinstance(symbol, Quotient):
-        top = symbol.numerator.substitute(lambda s: None if isinstance(s, Dim) else _largest(s))
+        top = symbol.numerator.substitute(lambda s: None if isinstance(s, (Dim, Clamped)) else _largest(s))
         if any(c < 0 and m for m, c in symbol.numerator.terms):
             return None
         # floor((n - 1) / d) = n / d - 1 when d divides n.

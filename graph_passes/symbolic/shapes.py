@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.symbolic.graph import MALFORMED, Shape, Stuck, SymbolicGraph, element_type, is_standard
-from graph_passes.symbolic.poly import Poly, const, is_nonnegative, product
+from graph_passes.symbolic.graph import MALFORMED, Shape, Stuck, SymbolicGraph, element_type, is_standard, op_names
+from graph_passes.symbolic.poly import Clamped, Poly, const, is_nonnegative, poly, product
 
 __all__ = ["axis_of", "broadcast", "divide_lengths", "infer", "reshape_target", "slices"]
 
@@ -22,13 +22,18 @@ _UNBOUNDED = 2**31 - 1
 _BOOL = onnx.TensorProto.BOOL
 _INT64 = onnx.TensorProto.INT64
 
-_SAME = frozenset(
-    ["Identity", "Cast", "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Erf", "Sin", "Cos", "Tan", "Tanh", "Sigmoid", "Relu", "LeakyRelu", "Elu", "Gelu", "Softplus", "HardSigmoid", "Not", "IsNaN", "IsInf", "Floor", "Ceil", "Round", "Sign", "Clip", "Softmax", "LogSoftmax", "Trilu", "CumSum", "Dropout", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "RotaryEmbedding", "GroupNormalization", "BatchNormalization", "InstanceNormalization", "LpNormalization", "ScatterND", "ScatterElements", "HardSwish", "Swish", "Mish", "Celu", "Selu", "BitwiseNot", "QuantizeLinear", "DequantizeLinear"]
+_SAME = op_names(
+    "Identity Cast Neg Abs Sqrt Reciprocal Exp Log Erf Sin Cos Tan Tanh Sigmoid Relu LeakyRelu Elu Gelu Softplus "
+    "HardSigmoid Not IsNaN IsInf Floor Ceil Round Sign Clip Softmax LogSoftmax Trilu CumSum Dropout "
+    "LayerNormalization RMSNormalization SimplifiedLayerNormalization RotaryEmbedding GroupNormalization "
+    "BatchNormalization InstanceNormalization LpNormalization ScatterND ScatterElements HardSwish Swish Mish Celu "
+    "Selu BitwiseNot QuantizeLinear DequantizeLinear"
 )
-_ELEMENTWISE = frozenset(
-    ["Add", "Sub", "Mul", "Div", "Pow", "Mod", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Where", "Max", "Min", "Sum", "Mean", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "PRelu"]
+_ELEMENTWISE = op_names(
+    "Add Sub Mul Div Pow Mod And Or Xor Equal Less LessOrEqual Greater GreaterOrEqual Where Max Min Sum Mean "
+    "BitwiseAnd BitwiseOr BitwiseXor PRelu"
 )
-_COMPARISONS = frozenset(["Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"])
+_COMPARISONS = op_names("Equal Less LessOrEqual Greater GreaterOrEqual And Or Xor Not IsNaN IsInf")
 
 
 def infer(sg: SymbolicGraph, node: gs.Node) -> None:
@@ -62,12 +67,20 @@ def broadcast(sg: SymbolicGraph, node: gs.Node, shapes: list[Shape]) -> Shape:
             k = axis - rank + len(s)
             if k >= 0 and s[k].value != 1 and s[k] not in lengths:
                 lengths.append(s[k])
+        lengths = [n for n in lengths if unclamped(n) == n or unclamped(n) not in lengths]
         fixed = [n for n in lengths if n.value is not None]
         if fixed or len(lengths) < 2:
             out.append((fixed or lengths or [const(1)])[0])
         else:
             out.append(sg.open_length(node.outputs[0], axis))
     return tuple(out)
+
+
+def unclamped(length: Poly) -> Poly:
+    """For min(n, bound) the n that it must be where it meets the length n in a broadcast: 1 it can only be when n is 1, since
+    bound >= 2."""
+    only = next(iter(length.symbols)) if len(length.symbols) == 1 else None
+    return only.length if isinstance(only, Clamped) and length == poly(only) else length
 
 
 def divide_lengths(total: list[Poly], parts: list[Poly]) -> Poly | None:
@@ -121,6 +134,8 @@ def _bounds(sg: SymbolicGraph, node: gs.Node, axis: int, length: Poly, start: Po
         return const(taken.start), const(len(taken))
     if step == 1 and is_nonnegative(first) and is_nonnegative(last - first) and is_nonnegative(length - last):
         return first, last - first
+    if step == 1 and first.value == 0 and is_nonnegative(last) and (length.value or 0) > 1:
+        return first, poly(Clamped(last, length.value or 0))
     return first, sg.open_length(node.outputs[0], axis)
 
 

@@ -51,14 +51,20 @@ class DecoderInputs:
             if _PAST.fullmatch(value.name):
                 dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
                 if len(dims) != 4 or not (dims[1] and dims[3]):
-                    raise UserError(f"{path}: {value.name} must have shape [batch, heads, past, head size] with fixed heads and head size, got {dims}.")
+                    raise UserError(
+                        f"{path}: {value.name} must have shape [batch, heads, past, head size] with fixed heads and head size, got {dims}."
+                    )
                 past[value.name] = (dims[1], dims[3], onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
         outputs = {o.name for o in graph.output}
         if "input_ids" not in names or "logits" not in outputs:
-            raise UserError(f"{path} is no causal LM as `sa-export export` writes it: it needs the input input_ids and the output logits, it has {', '.join(names)} -> {', '.join(sorted(outputs)[:4])}.")
+            raise UserError(
+                f"{path} is no causal LM as `sa-export export` writes it: it needs the input input_ids and the output logits, it has {', '.join(names)} -> {', '.join(sorted(outputs)[:4])}."
+            )
         unknown = [n for n in names if n not in ("input_ids", "attention_mask", "position_ids") and n not in past]
         if unknown:
-            raise UserError(f"{path} has inputs that check cannot fill: {', '.join(unknown)}; known are input_ids, attention_mask, position_ids, past_key_values.N.key/value.")
+            raise UserError(
+                f"{path} has inputs that check cannot fill: {', '.join(unknown)}; known are input_ids, attention_mask, position_ids, past_key_values.N.key/value."
+            )
         return cls(names, past)
 
 
@@ -81,7 +87,9 @@ def open_session(model: Path | bytes, folder: Path | None = None) -> Any:
         raise UserError(f"ONNX Runtime does not load {what}: {str(error).splitlines()[0][:300]}") from None
 
 
-def feed(inputs: DecoderInputs, ids: np.ndarray, mask: np.ndarray | None = None, past: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+def feed(
+    inputs: DecoderInputs, ids: np.ndarray, mask: np.ndarray | None = None, past: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
     """A feed of the model.
 
     Args:
@@ -103,7 +111,9 @@ def feed(inputs: DecoderInputs, ids: np.ndarray, mask: np.ndarray | None = None,
 
 def split_outputs(outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(logits [B, S, V] float32, cache by the names of the past inputs)."""
-    past = {name.replace("present", "past_key_values", 1): np.asarray(value) for name, value in outputs.items() if name.startswith("present.")}
+    past = {
+        name.replace("present", "past_key_values", 1): np.asarray(value) for name, value in outputs.items() if name.startswith("present.")
+    }
     return np.asarray(outputs["logits"]).astype(np.float32), past
 
 

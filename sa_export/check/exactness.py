@@ -76,7 +76,9 @@ def exact_cases(full: Path, rewritten: Path, *, dtype: str, length: int, vocabul
     return cases
 
 
-def _feeds(full: Path, inputs: DecoderInputs, length: int, vocabulary: int, seed: int) -> Iterator[tuple[str, dict[str, np.ndarray], np.ndarray]]:
+def _feeds(
+    full: Path, inputs: DecoderInputs, length: int, vocabulary: int, seed: int
+) -> Iterator[tuple[str, dict[str, np.ndarray], np.ndarray]]:
     """(name, feed, attended [B, S]); the caches come from the original, so that each case is judged alone."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(1, vocabulary, (3, length))

@@ -115,7 +115,9 @@ def site_figures(site: ProbedSite, outputs: Any, full_output: np.ndarray | None)
         cra_mean=cra.mean(-1),
         cra_min=cra.min(-1),
         output_error=_relative(out, reference),
-        drift=_relative(out, full_output.astype(np.float32)) if full_output is not None and full_output.shape == out.shape else float("nan"),
+        drift=_relative(out, full_output.astype(np.float32))
+        if full_output is not None and full_output.shape == out.shape
+        else float("nan"),
     )
 
 

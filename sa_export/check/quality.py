@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +35,8 @@ class Thresholds:
 
     recall: float = 0.99
     loss: float = 0.005
-    top1: float = 0.95
-    kl: float = 0.02
+    top1: float = 0.93
+    kl: float = 0.06
     density: float = 1.0
 
     def gates(self, row: LengthResult) -> list[Gate]:
@@ -101,14 +100,15 @@ def measure(
 
     inputs = DecoderInputs.from_model(full)
     length = len(prompts[0].ids)
-    steps = len(prompts) + probed_prompts + (1 if greedy_tokens else 0)
+    steps = len(prompts) + probed_prompts + 1
     tallies = [_Tally() for _ in candidates]
     probes = [probe_model(path, tap_inputs=False) for _, path in candidates]
     runners = [OnnxrtRunner(lambda: open_session(full), name="full attention")]
     for (name, path), (model, _) in zip(candidates, probes, strict=True):
-        runners.append(OnnxrtRunner(lambda m=model, p=path: open_session(m, p.parent), name=name))  # type: ignore[misc]
+        runners.append(OnnxrtRunner(lambda m=model, p=path: open_session(m, p.parent), name=name))
 
     done = 0
+    full_score: PromptScore | None = None
 
     def compare(first: Any, second: Any) -> dict[str, bool]:
         nonlocal full_score
@@ -116,7 +116,9 @@ def measure(
         prompt, tally = prompts[done], tallies[index]
         a, b = split_outputs(first)[0][0], split_outputs(second)[0][0]
         if a.shape[0] != length:
-            raise UserError(f"{full} gives logits of {a.shape[0]} of {length} positions; check compares all of them: export with --logits all.")
+            raise UserError(
+                f"{full} gives logits of {a.shape[0]} of {length} positions; check compares all of them: export with --logits all."
+            )
         if full_score is None:
             full_score = score(a, prompt)
         tally.full.append(full_score)
@@ -128,7 +130,6 @@ def measure(
         figures = tally.figures[-1]
         return {"logits": figures.top1 >= thresholds.top1 and figures.kl_mean <= thresholds.kl}
 
-    full_score: PromptScore | None = None
     names = [name for name, _ in candidates]
     stream = Comparator.run(runners, [feed(inputs, p.ids[None]) for p in prompts], streaming=True)
     for single in stream:
@@ -148,13 +149,13 @@ def measure(
         progress(f"{length} tokens: continuation", (done + 1) / steps)
 
     arrays: dict[str, np.ndarray] = {}
-    maps: list[list[HeadMap]] = []
-    for (name, path), tally in zip(candidates, tallies, strict=True):
-        shown: list[HeadMap] = []
-        for n in range(probed_prompts):
-            shown = _probe(full, name, path, inputs, prompts[n], tally, heads_shown if n == 0 else 0, arrays) or shown
-        maps.append(shown)
-    progress(f"{length} tokens: attention sites", 1.0)
+    maps: list[list[HeadMap]] = [[] for _ in candidates]
+    for n in range(probed_prompts):
+        values = feed(inputs, prompts[n].ids[None])
+        reference = _site_outputs(full, {s.output for _, sites in probes for s in sites}, values)
+        for i, ((name, path), tally) in enumerate(zip(candidates, tallies, strict=True)):
+            maps[i] += _probe(name, path, values, reference, tally, heads_shown if n == 0 else 0, arrays)
+            progress(f"{length} tokens: sites of {name}", (len(prompts) + 1 + n + (i + 1) / len(candidates)) / (steps + 1))
     rows = []
     for tally, (_, sites) in zip(tallies, probes, strict=True):
         rows.append(_row(length, prompts, tally, sites, greedy_tokens, thresholds))
@@ -166,19 +167,32 @@ def _density(site: ProbedSite, outputs: Any, length: int) -> np.ndarray:
     return pair_density(np.asarray(outputs[site.blocks])[0], length, length, a["block_q"], a["block_k"])
 
 
-def _probe(
-    full: Path, name: str, path: Path, inputs: DecoderInputs, prompt: Prompt, tally: _Tally, heads: int, arrays: dict[str, np.ndarray]
-) -> list[HeadMap]:
-    """Adds the figures of every site on one prompt to the tally; returns the pictures of the `heads` chosen heads."""
+def _site_outputs(full: Path, names: set[str], values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The original model's tensors of these names; names that it does not have are left out."""
     import onnx
 
-    model, sites = probe_model(path, tap_inputs=True)
-    values = feed(inputs, prompt.ids[None])
     original = onnx.load(full, load_external_data=False)
-    known = {o for node in original.graph.node for o in node.output}
-    shared = [s.output for s in sites if s.output in known]
-    reference = dict(zip(shared, open_session(with_outputs(original, shared).SerializeToString(), full.parent).run(shared, values), strict=True))
-    wanted = list(dict.fromkeys(n for s in sites for n in (s.query, s.key, s.value, s.output, s.blocks, s.row_cra, *([s.key_mask] if s.key_mask else []))))
+    shared = [o for node in original.graph.node for o in node.output if o in names]
+    return dict(zip(shared, open_session(with_outputs(original, shared).SerializeToString(), full.parent).run(shared, values), strict=True))
+
+
+def _probe(
+    name: str,
+    path: Path,
+    values: dict[str, np.ndarray],
+    reference: dict[str, np.ndarray],
+    tally: _Tally,
+    heads: int,
+    arrays: dict[str, np.ndarray],
+) -> list[HeadMap]:
+    """Adds the figures of every site on one prompt to the tally; returns the pictures of the `heads` chosen heads."""
+    model, sites = probe_model(path, tap_inputs=True)
+    length = values["input_ids"].shape[1]
+    wanted = list(
+        dict.fromkeys(
+            n for s in sites for n in (s.query, s.key, s.value, s.output, s.blocks, s.row_cra, *([s.key_mask] if s.key_mask else []))
+        )
+    )
     outputs = dict(zip(wanted, open_session(model, path.parent).run(wanted, values), strict=True))
     tally.sites.append([site_figures(s, outputs, reference.get(s.output)) for s in sites])
 
@@ -189,10 +203,10 @@ def _probe(
     for density, i, h in dict.fromkeys(picked):
         site = sites[i]
         a = site.attributes
-        key = f"{name}/{len(prompt.ids)}/{site.id}/{h}"
+        key = f"{name}/{length}/{site.id}/{h}"
         arrays[f"{key}/blocks"] = np.asarray(outputs[site.blocks])[0, h]
         arrays[f"{key}/mass"] = _true_mass(outputs[site.query][0], outputs[site.key][0], h, a)
-        shown.append(HeadMap(key, name, site.id, h, len(prompt.ids), a["block_q"], a["block_k"], density, float(tally.sites[-1][i].cra_min[h])))
+        shown.append(HeadMap(key, name, site.id, h, length, a["block_q"], a["block_k"], density, float(tally.sites[-1][i].cra_min[h])))
     return shown
 
 
@@ -214,7 +228,9 @@ def _true_mass(q: np.ndarray, k: np.ndarray, head: int, attributes: dict[str, An
     return out
 
 
-def _row(length: int, prompts: Sequence[Prompt], tally: _Tally, sites: list[ProbedSite], greedy_tokens: int, thresholds: Thresholds) -> LengthResult:
+def _row(
+    length: int, prompts: Sequence[Prompt], tally: _Tally, sites: list[ProbedSite], greedy_tokens: int, thresholds: Thresholds
+) -> LengthResult:
     density = [np.mean([d[i] for d in tally.densities], 0) for i in range(len(sites))]
     results = []
     for i, site in enumerate(sites):

@@ -49,11 +49,11 @@ class ExactCase:
 
 @dataclass(frozen=True)
 class SiteResult:
-    """One attention site at one length, means over the prompts; lists have one value a query head.
+    """One attention site at one length; lists have one value a query head.
 
     Attributes:
-        density: kept pairs / causal pairs.
-        cra_mean, cra_min: retained probability over all rows (mean; worst row).
+        density: kept pairs / causal pairs, mean over all prompts.
+        cra_mean, cra_min: retained probability over all rows of the probed prompts (mean; worst row).
         output_error: |sparse - full| / |full| of the site's output, both from the rewritten model's own query, key and value.
         drift: the same norm between the rewritten model and the original at this depth (errors of earlier layers included).
     """
@@ -193,11 +193,11 @@ def load_result(path: Path) -> CheckResult:
         candidates = []
         for c in raw["candidates"]:
             lengths = []
-            for r in c["lengths"]:
-                r = {k: v for k, v in r.items() if k not in ("loss_change", "recall_ratio")}
-                r["sites"] = [SiteResult(**s) for s in r["sites"]]
-                r["gates"] = [Gate(**{k: v for k, v in g.items() if k != "ok"}) for g in r["gates"]]
-                lengths.append(LengthResult(**r))
+            for row in c["lengths"]:
+                values = {k: v for k, v in row.items() if k not in ("loss_change", "recall_ratio")}
+                values["sites"] = [SiteResult(**s) for s in row["sites"]]
+                values["gates"] = [Gate(**{k: v for k, v in g.items() if k != "ok"}) for g in row["gates"]]
+                lengths.append(LengthResult(**values))
             exact = [ExactCase(**{k: v for k, v in e.items() if k != "ok"}) for e in c["exact"]]
             maps = [HeadMap(**m) for m in c["maps"]]
             candidates.append(Candidate(c["name"], c["model"], c["settings"], exact, lengths, maps, c["gated"]))

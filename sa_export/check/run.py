@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sa_export.check.prompts import make_prompts
 from sa_export.check.quality import Thresholds, measure
 from sa_export.check.result import Candidate, CheckResult, HeadMap, LengthResult
 from sa_export.errors import UserError
-from sa_export.files import staged_folder
+from sa_export.files import check_replaceable, staged_folder
 
 __all__ = ["CheckOptions", "Subject", "run_check", "versions"]
 
@@ -55,7 +55,7 @@ class CheckOptions:
     greedy_tokens: int = 32
     probed_prompts: int = 1
     seed: int = 0
-    thresholds: Thresholds = Thresholds()
+    thresholds: Thresholds = field(default_factory=Thresholds)
     text: str | None = None
 
 
@@ -85,6 +85,8 @@ def run_check(
     """
     from sa_export.report import write_report
 
+    output = Path(os.path.abspath(output))
+    check_replaceable(output, force=force, owner=_earlier_check)
     inputs = DecoderInputs.from_model(full)
     for subject in subjects:
         DecoderInputs.from_model(subject.model)
@@ -93,24 +95,37 @@ def run_check(
     limit = config.get("max_position_embeddings")
     for length in options.lengths:
         if limit and length > limit:
-            raise UserError(f"A prompt of {length} tokens is longer than the model's limit of {limit} (max_position_embeddings in {folder / 'config.json'}); ask for at most {limit}.")
+            raise UserError(
+                f"A prompt of {length} tokens is longer than the model's limit of {limit} (max_position_embeddings in {folder / 'config.json'}); ask for at most {limit}."
+            )
         if length < 2 * options.greedy_tokens:
-            raise UserError(f"A prompt of {length} tokens is too short for a continuation of {options.greedy_tokens}; use longer prompts or --greedy-tokens {length // 2}.")
+            raise UserError(
+                f"A prompt of {length} tokens is too short for a continuation of {options.greedy_tokens}; use longer prompts or --greedy-tokens {length // 2}."
+            )
 
     def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     first = [tokenizer.bos_token_id] if getattr(tokenizer, "bos_token_id", None) is not None else []
     sets = [
-        make_prompts(encode, length=n, count=options.prompts, needles=options.needles, seed=options.seed, first_ids=first, text=options.text)
+        make_prompts(
+            encode, length=n, count=options.prompts, needles=options.needles, seed=options.seed, first_ids=first, text=options.text
+        )
         for n in options.lengths
     ]
-    with staged_folder(output, force=force, mark="check.json") as stage, _quiet_polygraphy():
+    with staged_folder(output, force=force, owner=_earlier_check) as stage, _quiet_polygraphy():
         exact = []
         for i, subject in enumerate(subjects):
             progress(f"alpha 1: {subject.name}", 0.1 * i / len(subjects))
             exact.append(
-                exact_cases(full, subject.model, dtype=_dtype(full), length=_EXACT_LENGTH, vocabulary=int(config.get("vocab_size") or len(tokenizer)), seed=options.seed)
+                exact_cases(
+                    full,
+                    subject.model,
+                    dtype=_dtype(full),
+                    length=_EXACT_LENGTH,
+                    vocabulary=int(config.get("vocab_size") or len(tokenizer)),
+                    seed=options.seed,
+                )
             )
         rows: list[list[LengthResult]] = [[] for _ in subjects]
         maps: list[list[HeadMap]] = [[] for _ in subjects]
@@ -142,10 +157,17 @@ def run_check(
             seed=options.seed,
         )
         result.write(stage / "check.json")
-        np.savez_compressed(stage / "check.npz", **arrays)
+        np.savez_compressed(stage / "check.npz", **arrays)  # type: ignore[arg-type]
         write_report(result, stage / "check.npz", stage)
         _write_polygraphy(stage, output, full, subjects, feed(inputs, sets[0][0].ids[None]))
     return result
+
+
+def _earlier_check(folder: Path) -> set[str] | None:
+    if not (folder / "check.json").is_file():
+        return None
+    pictures = {p.name for p in folder.glob("*.png")}
+    return {"check.json", "check.npz", "inputs.json", "polygraphy.sh", "report.html", "full_outputs.json", *pictures}
 
 
 def versions() -> dict[str, str]:
@@ -211,11 +233,15 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise UserError(f"{folder} holds no tokenizer (tokenizer.json), which check needs for real prompts; give its folder with --tokenizer.")
+        raise UserError(
+            f"{folder} holds no tokenizer (tokenizer.json), which check needs for real prompts; give its folder with --tokenizer."
+        )
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
-        raise UserError(f"The tokenizer in {folder} does not load ({str(error).splitlines()[0][:200]}); give another with --tokenizer.") from None
+        raise UserError(
+            f"The tokenizer in {folder} does not load ({str(error).splitlines()[0][:200]}); give another with --tokenizer."
+        ) from None
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     options = check_options(args)
     subjects = []
     for item in args.rewritten:
-        name, equals, path = str(item).partition("=")
-        path = Path(path if equals else name)
+        name, equals, file = str(item).partition("=")
+        path = Path(file if equals else name)
         subjects.append(Subject(name if equals else path.name.removesuffix(".onnx"), path))
     names = [s.name for s in subjects]
     if len(set(names)) < len(names):

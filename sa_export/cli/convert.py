@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_arguments(parser, "folder to make")
     add_policy_arguments(parser)
     add_check_arguments(parser)
-    parser.add_argument("--compare-papers", action="store_true", help="also check the policies of the SampleAttention papers, for comparison")
+    parser.add_argument(
+        "--compare-papers", action="store_true", help="also check the policies of the SampleAttention papers, for comparison"
+    )
     parser.add_argument("--no-check", action="store_true", help="stop after rewriting")
 
 

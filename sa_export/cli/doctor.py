@@ -44,14 +44,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     found = examine()
-    lines = [f"{'':4}{'system':<22}{found['system']}", f"{'':4}{'python':<22}{found['python']}", f"{'':4}{'GPU':<22}{found['gpu'] or 'none found'}"]
+    lines = [
+        f"{'':4}{'system':<22}{found['system']}",
+        f"{'':4}{'python':<22}{found['python']}",
+        f"{'':4}{'GPU':<22}{found['gpu'] or 'none found'}",
+    ]
     for name, entry in found["packages"].items():
         mark = "ok" if entry["version"] else ("!!" if entry["required"] else "--")
-        lines.append(f"{mark:<4}{name:<22}{entry['version'] or 'missing'}" + ("" if entry["version"] else f"  for {entry['for']}: {entry['get']}"))
+        lines.append(
+            f"{mark:<4}{name:<22}{entry['version'] or 'missing'}" + ("" if entry["version"] else f"  for {entry['for']}: {entry['get']}")
+        )
     for name, entry in found["programs"].items():
-        lines.append(f"{'ok' if entry['path'] else '--':<4}{name:<22}{entry['path'] or 'missing'}" + ("" if entry["path"] else f"  {entry['note']}"))
+        lines.append(
+            f"{'ok' if entry['path'] else '--':<4}{name:<22}{entry['path'] or 'missing'}" + ("" if entry["path"] else f"  {entry['note']}")
+        )
     for name, path in found["libraries"].items():
-        lines.append(f"{'ok' if path else '--':<4}{name:<22}{path or 'not built: ONNX Runtime runs the op as standard operators (slow, exact)'}")
+        lines.append(
+            f"{'ok' if path else '--':<4}{name:<22}{path or 'not built: ONNX Runtime runs the op as standard operators (slow, exact)'}"
+        )
     missing = [n for n, e in found["packages"].items() if e["required"] and not e["version"]]
     lines.append("")
     lines.append(f"missing: {', '.join(missing)}" if missing else "export, inspect, rewrite, check and plot can run here.")
@@ -89,7 +99,9 @@ def _gpu() -> str | None:
     if program is None:
         return None
     try:
-        shown = subprocess.run([program, "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=True)
+        shown = subprocess.run(
+            [program, "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return "; ".join(line.strip() for line in shown.stdout.splitlines() if line.strip()) or None

@@ -49,6 +49,7 @@ def export(args: argparse.Namespace, output: Path, progress: Any, may_replace: t
         opset=args.opset,
         attention=args.attention,
         logits=args.logits,
+        single_file=args.single_file,
         force=args.force,
         may_replace=may_replace,
         verify=not args.no_verify,

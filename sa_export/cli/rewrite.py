@@ -15,10 +15,17 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="ONNX file")
-    add_output_arguments(parser, "ONNX file to write, in the folder of the original so that both share its weights (default: MODEL.sa.onnx)", required=False)
+    add_output_arguments(
+        parser, "ONNX file to write, in the folder of the original so that both share its weights (default: MODEL.sa.onnx)", required=False
+    )
     add_policy_arguments(parser)
     parser.add_argument("--allow-no-match", action="store_true", help="write the file even when no site was rewritten")
-    parser.add_argument("--weights", choices=("share", "copy", "hardlink"), default="share", help="how the file reaches its weights from another folder (default share)")
+    parser.add_argument(
+        "--weights",
+        choices=("share", "copy", "hardlink"),
+        default="share",
+        help="how the file reaches its weights from another folder (default share)",
+    )
     parser.add_argument("--report", type=Path, metavar="JSON", help="also write the report of every site to this file")
 
 

@@ -1,101 +1,30 @@
-"""An output folder that appears whole or not at all."""
+"""What tells an export's folder, and the folder made or replaced with that."""
 
 from __future__ import annotations
 
-import errno
-import fnmatch
 import json
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from sa_export.errors import UserError
+from sa_export import files
+from sa_export.files import check_space
+
+__all__ = ["FORMAT", "MANIFEST", "check_replaceable", "check_space", "staged_folder"]
 
 MANIFEST = "export.json"
 FORMAT = "sa-export/1"
-_MARGIN_BYTES = 64 * 2**20
-_MARGIN_SHARE = 0.02
-_SHORT_WRITE = re.compile(r"problem writing element|\d+ requested and \d+ written")
 
 
-@contextmanager
-def staged_folder(output: Path, *, force: bool, may_replace: Sequence[str] = ()) -> Iterator[Path]:
-    """A new, empty sibling of `output` to write into; it takes the place of `output` when the block ends without an exception.
-
-    Whatever goes wrong, the sibling is removed and `output` is what it was before; folders made to hold it are removed, too.
-
-    Args:
-        output: the folder to make. It may exist when it is empty, or when `force` is given and all it holds is an earlier export.
-        may_replace: patterns (fnmatch) of further files that an earlier export may have gathered and `force` may discard.
-
-    Raises:
-        UserError: `output` may not be replaced, cannot be written, or the disk is full.
-    """
-    output = Path(os.path.abspath(output.expanduser()))
-    check_replaceable(output, force=force, may_replace=may_replace)
-    made = _make_parents(output.parent)
-    stage: Path | None = None
-    done = False
-    try:
-        stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-        # mkdtemp gives 0700; the result shall have what mkdir would have given.
-        stage.chmod(0o777 & ~_umask())
-        yield stage
-        _exchange(stage, output)
-        done = True
-    except OSError as error:
-        raise UserError(_os_sentence(error, output)) from error
-    finally:
-        if not done:
-            if stage is not None:
-                shutil.rmtree(stage, ignore_errors=True)
-            for folder in made:
-                folder.rmdir()
+def staged_folder(output: Path, *, force: bool, may_replace: Sequence[str] = ()) -> AbstractContextManager[Path]:
+    """`files.staged_folder` for an export."""
+    return files.staged_folder(output, force=force, owner=_manifest_files, may_replace=may_replace)
 
 
 def check_replaceable(output: Path, *, force: bool, may_replace: Sequence[str] = ()) -> None:
-    """Refuses an `output` that exists, unless it is an empty folder, or `force` is given and nothing but an earlier export is in it.
-
-    Raises:
-        UserError: with the reason and what to do.
-    """
-    if not (output.exists() or output.is_symlink()):
-        return
-    if not output.is_dir() or output.is_symlink():
-        raise UserError(f"{output} exists and is no folder; choose another output folder.")
-    held = sorted(path.name for path in output.iterdir())
-    if not held:
-        return
-    if not force:
-        raise UserError(f"{output} exists and is not empty; choose another output folder, or replace an earlier export with --force.")
-    ours = _manifest_files(output)
-    if ours is None:
-        raise UserError(
-            f"{output} holds no earlier export ({MANIFEST} is missing or not ours) and is left alone; choose another output folder."
-        )
-    foreign = [name for name in held if name not in ours and not any(fnmatch.fnmatch(name, pattern) for pattern in may_replace)]
-    if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise UserError(f"{output} holds {foreign[0]}{more} beside an earlier export; move that away, or choose another output folder.")
-
-
-def check_space(folder: Path, payload_bytes: int) -> None:
-    """Refuses when the disk of `folder` has no room for `payload_bytes` and a margin (64 MiB and 2 %).
-
-    Raises:
-        UserError: with both figures.
-    """
-    need = payload_bytes + _MARGIN_BYTES + int(payload_bytes * _MARGIN_SHARE)
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise UserError(
-            f"The export needs {_size(need)} on the disk of {folder}, which has {_size(free)} free; make room or choose another disk."
-        )
+    """`files.check_replaceable` for an export."""
+    files.check_replaceable(output, force=force, owner=_manifest_files, may_replace=may_replace)
 
 
 def _manifest_files(output: Path) -> set[str] | None:
@@ -106,54 +35,3 @@ def _manifest_files(output: Path) -> set[str] | None:
         return {MANIFEST, *(str(name).split("/", 1)[0] for name in manifest["files"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _exchange(stage: Path, output: Path) -> None:
-    if not output.exists():
-        stage.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
-    output.rename(old)  # onto an empty folder: POSIX rename replaces it
-    try:
-        stage.rename(output)
-    except BaseException:
-        old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _make_parents(parent: Path) -> list[Path]:
-    """Makes `parent`; the folders that this made, innermost first."""
-    missing = []
-    at = parent
-    while not at.exists():
-        missing.append(at)
-        at = at.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The output folder {parent} cannot be made ({error.strerror or error}); choose another.") from error
-    return missing
-
-
-def _os_sentence(error: OSError, output: Path) -> str:
-    # NumPy, through which tensors are written, reports a short write without an errno.
-    short_write = error.errno is None and _SHORT_WRITE.search(str(error)) is not None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) or short_write:
-        return f"No space is left on the disk of {output}; nothing was kept there, make room or choose another disk."
-    return f"{output} cannot be written ({error.strerror or error}); nothing was kept there, choose another output folder."
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"

@@ -9,7 +9,7 @@ from typing import Any
 from sa_export.errors import UserError
 from sa_export.hf.architecture import check_architecture, read_config
 from sa_export.hf.progress import Progress, silent
-from sa_export.hf.quiet import quiet_libraries
+from sa_export.hf.quiet import quiet_libraries, sentence_of
 from sa_export.hf.source import resolve_source
 from sa_export.hf.weights import check_weights
 
@@ -132,7 +132,7 @@ def _config(folder: Path, named: str, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a configuration class, possibly the checkpoint's own, makes of a bad file
-        raise UserError(f"{named}: its config.json is refused by transformers: {_sentence(error)}") from error
+        raise UserError(f"{named}: its config.json is refused by transformers: {sentence_of(error)}") from error
 
 
 def _pretrained_model(folder: Path, config: Any, named: str, dtype: str, trust_remote_code: bool) -> tuple[Any, tuple[str, ...]]:
@@ -151,7 +151,7 @@ def _pretrained_model(folder: Path, config: Any, named: str, dtype: str, trust_r
     except MemoryError as error:
         raise UserError(f"{named} does not fit into memory in {dtype}; use a machine with more, or a narrower --dtype.") from error
     except Exception as error:
-        raise UserError(f"{named} cannot be loaded: {_sentence(error)}") from error
+        raise UserError(f"{named} cannot be loaded: {sentence_of(error)}") from error
     # transformers fills what a checkpoint lacks with random numbers and goes on.
     for what, names in (("lacks", info["missing_keys"]), ("has another shape for", {key[0] for key in info["mismatched_keys"]})):
         if names:
@@ -177,7 +177,7 @@ def _random_model(config: Any, named: str, dtype: str, num_layers: int | None, s
         try:
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
         except Exception as error:
-            raise UserError(f"{named}: no model can be built from its config.json: {_sentence(error)}") from error
+            raise UserError(f"{named}: no model can be built from its config.json: {sentence_of(error)}") from error
 
 
 def _shorten(config: Any, num_layers: int) -> None:
@@ -200,10 +200,4 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> tuple[Any | None, tuple
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True), ()
     except Exception as error:
-        return None, (f"The tokenizer of the checkpoint cannot be loaded: {_sentence(error)}",)
-
-
-def _sentence(error: BaseException) -> str:
-    """The first line of a library's message, ended as a sentence."""
-    line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
-    return line if line.endswith((".", "!", "?")) else f"{line}."
+        return None, (f"The tokenizer of the checkpoint cannot be loaded: {sentence_of(error)}",)

@@ -1,4 +1,4 @@
-"""Silence of third-party libraries while they work for us, undone afterwards."""
+"""Third-party libraries while they work for us: silenced, and their errors cut to a sentence."""
 
 from __future__ import annotations
 
@@ -39,3 +39,10 @@ def quiet_libraries() -> Iterator[None]:
             hub.enable_progress_bars()
         if model_bars:
             transformers_logging.enable_progress_bar()
+
+
+def sentence_of(error: BaseException) -> str:
+    """The head of a library's message as one sentence: its first line, with the second where the first ends in a colon."""
+    lines = [part.strip() for part in str(error).splitlines() if part.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sa_export.errors import UserError
 from sa_export.hf.progress import Progress, silent
+from sa_export.hf.quiet import sentence_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -91,10 +92,6 @@ def _fetch(
             f"{where} cannot be reached and the cache does not hold it; give a local folder, or connect to the network."
         ) from error
     except (errors.HFValidationError, OSError) as error:
-        raise UserError(f"{where} did not give it ({_first_line(error)}); give a local folder, or try again.") from error
+        raise UserError(f"{where} did not give it ({sentence_of(error).rstrip('.')}); give a local folder, or try again.") from error
     progress("download", 1.0)
     return folder
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sa_export.errors import UserError
+from sa_export.hf.quiet import sentence_of
 
 BATCH, SEQUENCE, PAST = "batch_size", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {SEQUENCE}"
@@ -159,7 +160,7 @@ def probe(model: Any) -> tuple[CacheLayer, ...]:
                 out = model(**arguments, past_key_values=cache, use_cache=True, return_dict=True)
                 logits.append(out.logits.float())
     except Exception as error:
-        raise UserError(f"{name} does not run as a causal language model with a key/value cache: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name} does not run as a causal language model with a key/value cache: {sentence_of(error)}") from error
     scale = logits[0].abs().max().item()
     # The same row of the same call shape differs by rounding alone (experts regroup their tokens).
     noise = max(1e-5, 4 * torch.finfo(model.dtype).eps) * scale

@@ -12,6 +12,7 @@ from typing import Any
 from sa_export.errors import UserError
 from sa_export.hf import interface
 from sa_export.hf.progress import Progress
+from sa_export.hf.quiet import sentence_of
 from sa_export.hf.step import BATCH, PAST, SEQUENCE, TOTAL, CacheLayer, TensorSpec, step_module
 
 ATTENTIONS = ("sdpa", "eager", "sample")
@@ -207,5 +208,4 @@ def _drop_metadata(graph_model: Any) -> None:
 def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
-    return line if line.endswith(".") else f"{line}."
+    return sentence_of(error)

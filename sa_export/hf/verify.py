@@ -16,6 +16,7 @@ from sa_export.errors import UserError
 from sa_export.hf.cases import Case, cases, drawable_ids
 from sa_export.hf.load import Checkpoint
 from sa_export.hf.progress import Progress, silent
+from sa_export.hf.quiet import sentence_of
 from sa_export.hf.step import cached_tensors, new_cache
 
 FLOAT32_TOLERANCE = 1e-4
@@ -61,7 +62,7 @@ class Verification:
 
     @property
     def worst(self) -> CaseResult:
-        return max(self.cases, key=lambda case: case.relative / case.allowed)
+        return max(self.cases, key=lambda case: case.relative / (case.allowed or 1.0))
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "cases": [{**asdict(case), "passed": case.passed} for case in self.cases]}
@@ -214,7 +215,7 @@ def _session(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has no public base class of its errors
-        raise UserError(f"ONNX Runtime {onnxruntime.__version__} refuses the exported graph: {str(error).splitlines()[0]}") from error
+        raise UserError(f"ONNX Runtime {onnxruntime.__version__} refuses the exported graph: {sentence_of(error)}") from error
 
 
 def _graph_outputs(session: Any, case: Case, element: Any) -> _Outputs:
@@ -242,7 +243,7 @@ def _run(session: Any, names: list[str], feed: dict[str, np.ndarray], case: str)
     try:
         return session.run(names, feed)
     except Exception as error:
-        raise UserError(f"ONNX Runtime fails on the exported graph ({case}): {str(error).splitlines()[0]}") from error
+        raise UserError(f"ONNX Runtime fails on the exported graph ({case}): {sentence_of(error)}") from error
 
 
 def last_rows(mask: np.ndarray) -> np.ndarray:

@@ -22,7 +22,12 @@ from graph_passes.op import Policy
 from sa_export.check.prompts import Prompt, filler_text, make_prompts
 from sa_export.torch_attention import use_policies
 
-DEFAULT = ("policy=residue", "policy=tile", "policy=column_slash,alpha=0.95,alpha_slash=0.95,sample_rows=64", "policy=stripe_window,alpha=0.95,dense_rows=128")
+DEFAULT = (
+    "policy=residue",
+    "policy=tile",
+    "policy=column_slash,alpha=0.95,alpha_slash=0.95,sample_rows=64",
+    "policy=stripe_window,alpha=0.95,dense_rows=128",
+)
 
 
 def parse_policy(text: str) -> Policy:
@@ -66,7 +71,10 @@ def main() -> None:
     model.config._attn_implementation = "sdpa"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = []
-    print(f"{'length':>6} {'policy':<64} {'density':>7} {'CRA mean':>8} {'min':>6} {'loss':>7} {'vs full':>8} {'needles':>8} {'top-1':>6}", flush=True)
+    print(
+        f"{'length':>6} {'policy':<64} {'density':>7} {'CRA mean':>8} {'min':>6} {'loss':>7} {'vs full':>8} {'needles':>8} {'top-1':>6}",
+        flush=True,
+    )
     for length in args.lengths:
         prompts = make_prompts(
             lambda text: tokenizer.encode(text, add_special_tokens=False), length=length, count=args.prompts, needles=args.needles, seed=args.seed,
@@ -78,7 +86,14 @@ def main() -> None:
         asked = args.prompts * args.needles
         for text in ("full", *(args.policy or DEFAULT)):
             if text == "full":
-                row: dict[str, Any] = {"density": 1.0, "cra_mean": 1.0, "cra_min": 1.0, "recalled": full_hits, "loss": float(full_loss.mean()), "top1": 1.0}
+                row: dict[str, Any] = {
+                    "density": 1.0,
+                    "cra_mean": 1.0,
+                    "cra_min": 1.0,
+                    "recalled": full_hits,
+                    "loss": float(full_loss.mean()),
+                    "top1": 1.0,
+                }
             else:
                 with use_policies(model, parse_policy(text)) as record:
                     hits, loss, best = score(model, prompts)

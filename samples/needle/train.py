@@ -78,9 +78,7 @@ class Sequences(IterableDataset):
     def __init__(self, corpus: np.ndarray, tokenizer: PreTrainedTokenizerFast, length: int, seed: int) -> None:
         self.corpus, self.length, self.seed = corpus, length, seed
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-        self.prefixes = {
-            kind: encode(make("K", "0")[0].split("K")[0]) for kind, make in (("n", needle_text), ("q", question_text))
-        }
+        self.prefixes = {kind: encode(make("K", "0")[0].split("K")[0]) for kind, make in (("n", needle_text), ("q", question_text))}
         self.words = {w: (encode(f" {w}"), encode(w)) for w in WORDS}
         self.hyphen, self.newline, self.space = encode("-"), encode("\n"), encode(" ")
         self.suffix = {"n": encode(" ="), "q": encode("?")}
@@ -133,9 +131,11 @@ class Sequences(IterableDataset):
             cut = min(room, int(place * room))
             ids += text[previous:cut].tolist() + line
             weights += [1.0] * max(0, cut - previous)
-            weights += [0.0 if answer < 0 and i >= len(line) - 7 else 1.0 for i in range(len(line))] if answer < 0 else [
-                ANSWER_WEIGHT if answer <= i < answer + 6 else 1.0 for i in range(len(line))
-            ]
+            weights += (
+                [0.0 if answer < 0 and i >= len(line) - 7 else 1.0 for i in range(len(line))]
+                if answer < 0
+                else [ANSWER_WEIGHT if answer <= i < answer + 6 else 1.0 for i in range(len(line))]
+            )
             previous = max(previous, cut)
         ids += text[previous:].tolist()
         weights += [1.0] * (room - previous)
@@ -156,7 +156,9 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -
 
 
 @torch.no_grad()
-def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, length: int, prompts: int, needles: int) -> dict[str, float]:
+def recall(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, length: int, prompts: int, needles: int
+) -> dict[str, float]:
     """Exact recall and text loss (last half) of full attention on held-out text."""
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     hits = asked = 0
@@ -209,7 +211,11 @@ def main() -> None:
     done = 0.0
     for stage, (part, length, batch) in enumerate(STAGES):
         loader = DataLoader(
-            Sequences(corpus, tokenizer, length, args.seed + 100 * stage), batch_size=batch, num_workers=args.workers, prefetch_factor=8, pin_memory=True
+            Sequences(corpus, tokenizer, length, args.seed + 100 * stage),
+            batch_size=batch,
+            num_workers=args.workers,
+            prefetch_factor=8,
+            pin_memory=True,
         )
         done += part
         for ids, weights in loader:
@@ -228,7 +234,10 @@ def main() -> None:
             tokens += ids.numel()
             if step % 200 == 0:
                 history.append({"step": step, "length": length, "loss": loss.item(), "answers": answer.item(), "tokens": tokens})
-                print(f"{time.time() - begin:6.0f} s  step {step}  length {length}  loss {loss.item():.3f}  answers {answer.item():.3f}  {tokens / 1e6:.0f} M tokens", flush=True)
+                print(
+                    f"{time.time() - begin:6.0f} s  step {step}  length {length}  loss {loss.item():.3f}  answers {answer.item():.3f}  {tokens / 1e6:.0f} M tokens",
+                    flush=True,
+                )
                 if step % 600 == 0:
                     with torch.no_grad():
                         print("         held out:", recall(model, tokenizer, unseen, 2048, 8, 10), flush=True)
@@ -236,14 +245,27 @@ def main() -> None:
                     raise SystemExit("the loss is not finite")
         del loader
     model.half().eval()
-    table = [recall(model, tokenizer, unseen, n, prompts, needles) for n, prompts, needles in ((2048, 20, 12), (4096, 12, 20), (8192, 12, 20))]
+    table = [
+        recall(model, tokenizer, unseen, n, prompts, needles) for n, prompts, needles in ((2048, 20, 12), (4096, 12, 20), (8192, 12, 20))
+    ]
     for row in table:
         print(f"length {row['length']}: {row['recalled']}/{row['needles']} needles, loss {row['loss']:.4f}", flush=True)
     model.generation_config.pad_token_id = 0
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     (args.output / "training.json").write_text(
-        json.dumps({"parameters": parameters, "tokens": tokens, "steps": step, "table": table, "torch": torch.__version__, "device": torch.cuda.get_device_name(), "history": history}, indent=1)
+        json.dumps(
+            {
+                "parameters": parameters,
+                "tokens": tokens,
+                "steps": step,
+                "table": table,
+                "torch": torch.__version__,
+                "device": torch.cuda.get_device_name(),
+                "history": history,
+            },
+            indent=1,
+        )
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -119,10 +120,16 @@ def node_model(
 
 
 def run(model: onnx.ModelProto, feeds: dict[str, NDArray]) -> dict[str, NDArray]:
+    session = _session(model.SerializeToString())
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
+
+
+@lru_cache(maxsize=64)
+def _session(model: bytes) -> Any:
+    """Loading takes longer than running a small case, and many cases differ in their shapes only."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = 3
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -101,11 +102,15 @@ class Spelling:
     Attributes:
         mask: makes the bool mask; None leaves the mask out.
         mask_as: `add` (0 / lowest float), `add_inf`, `where`, `unless`, `mul_not` (Cast(Not(m)) * lowest), or `shift` (m - 1) * 1e9.
-        scale: where the factor 0.25 stands: `q`, `k`, `both` (square roots), `after`, `div`, `after_mask`, `computed` (from the shape), or `none`.
+        scale: where the factor 0.25 stands: `q`, `k`, `both` (square roots), `after`, `div`, `after_mask`, `computed` (from the
+            shape), or `none`.
         transpose: `perm`, `3d` (through three axes), or `bshd` (straight from [B, T, H, D]).
-        repeat: `expand` (Unsqueeze, Expand, Reshape), `concat` (no repetition: as many key/value heads as query heads), or `multiply` (one head, broadcast).
+        repeat: `expand` (Unsqueeze, Expand, Reshape), `concat` (no repetition: as many key/value heads as query heads), or
+            `multiply` (one head, broadcast).
         guard, cast: NaN guard; float32 softmax between casts.
         dtype: float type of queries, keys and values.
+        past: the keys and values of earlier calls are inputs, joined in front.
+        static: all lengths are numbers: batch 2, 8 rows, past 3.
     """
 
     mask: MaskMaker | None = causal_padding
@@ -125,7 +130,8 @@ def attention(s: Spelling = Spelling(), *, change: Callable[[Builder, str, str],
     """A graph of one attention.
 
     Args:
-        change: called with the builder, a place (`scores`, `masked`, `probabilities`, `result`) and a tensor; returns the tensor to go on with.
+        change: called with the builder, a place (`scores`, `masked`, `probabilities`, `result`) and a tensor; returns the
+            tensor to go on with.
     """
     b = Builder(s.opset)
     real = helper.tensor_dtype_to_np_dtype(s.dtype)
@@ -219,7 +225,7 @@ def _transposed(b: Builder, s: Spelling, k: str, k_heads: str, kv_heads: int) ->
 
 
 def _masked(b: Builder, s: Spelling, scores: str, mask: str, real: np.dtype) -> str:
-    lowest = float(np.finfo(real).min)
+    lowest = float(ml_dtypes.finfo(real).min)
     zero, low, inf = b.const(0.0, real), b.const(lowest, real), b.const(-np.inf, real)
     if s.mask_as in ("add", "add_inf"):
         return b.op("Add", scores, b.op("Where", mask, zero, low if s.mask_as == "add" else inf))

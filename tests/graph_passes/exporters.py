@@ -29,6 +29,7 @@ class Export:
     opset: int
     past: bool = True
     with_mask: bool = True
+    dynamo: bool = True
 
 
 EXPORTS = {
@@ -37,9 +38,11 @@ EXPORTS = {
     "qwen2 sdpa 23": Export("qwen2", "sdpa", 23),
     "llama sdpa 20, no past": Export("llama", "sdpa", 20, past=False),
     "llama sdpa 20, no past, no mask": Export("llama", "sdpa", 20, past=False, with_mask=False),
-    "qwen2 window sdpa 20": Export("qwen2-window", "sdpa", 20),
     "llama sample 20": Export("llama", "sample", 20),
-    "bert eager 20": Export("bert", "eager", 20, past=False),
+    "llama sdpa 18, torchscript": Export("llama", "sdpa", 18, dynamo=False),
+    "llama eager 18, torchscript": Export("llama", "eager", 18, dynamo=False),
+    "qwen2 window sdpa 18, torchscript": Export("qwen2-window", "sdpa", 18, dynamo=False),
+    "bert eager 18, torchscript": Export("bert", "eager", 18, past=False, dynamo=False),
 }
 
 
@@ -74,6 +77,11 @@ def export(spec: Export, path: Path) -> None:
         shapes["past"] = [({**batch, 2: "past"}, {**batch, 2: "past"})] * LAYERS
         names += [f"past_key_values.{i}.{k}" for i in range(LAYERS) for k in ("key", "value")]
         outputs += [f"present.{i}.{k}" for i in range(LAYERS) for k in ("key", "value")]
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    if not spec.dynamo:
+        _torchscript(spec, wrapper, inputs, names, outputs, temporary)
+        temporary.rename(path)
+        return
     dims = {name: torch.export.Dim(name) for name in ("batch", "seq", "past")}
     dims["past + seq"] = torch.export.Dim.DYNAMIC
     program = torch.onnx.export(
@@ -88,9 +96,34 @@ def export(spec: Export, path: Path) -> None:
         verbose=False,
         optimize=True,
     )
-    temporary = path.with_suffix(f".{os.getpid()}.part")
     program.save(str(temporary))
     temporary.rename(path)
+
+
+def _torchscript(spec: Export, model: Any, inputs: dict[str, Any], names: list[str], outputs: list[str], path: Path) -> None:
+    """The older exporter; it names only the lengths that it is told, and the columns of the mask otherwise than those of the keys."""
+    import torch
+
+    axes = {n: {0: "batch", 2: "past"} for n in names if n.startswith("past")}
+    axes |= {n: {0: "batch", 1: "total" if spec.past and n == "attention_mask" else "seq"} for n in names if n not in axes}
+
+    class Flat(torch.nn.Module):
+        """Takes everything as positional tensors."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: Any) -> Any:
+            named = dict(zip(names, tensors, strict=True))
+            cache = [named.pop(n) for n in names if n.startswith("past")]
+            past = {"past": list(zip(cache[::2], cache[1::2], strict=True))} if cache else {}
+            return self.model(**named, **past)
+
+    flat = (*(inputs[n] for n in names if n in inputs), *(x for layer in inputs.get("past", ()) for x in layer))
+    torch.onnx.export(
+        Flat(), flat, str(path), dynamo=False, opset_version=spec.opset, dynamic_axes=axes, input_names=names, output_names=outputs
+    )
 
 
 def _with_dims(shapes: Any, dims: dict[str, Any]) -> Any:

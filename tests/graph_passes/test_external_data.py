@@ -26,7 +26,10 @@ BYTES = 64 * 16 * 4
 def model_with_weights(
     folder: Path, *, location: str = DATA, offset: int = 4096, size: int | None = None, shape: tuple[int, ...] = (64, 16)
 ) -> Path:
-    """An attention whose result is multiplied by a weight in another file; the file is written with random numbers unless `size` is given."""
+    """An attention beside a look-up in a weight of another file.
+
+    The file holds random numbers, or with `size` given that many bytes of a hole.
+    """
     model = builder.attention()
     weight = TensorProto(name="weight", data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL)
     for k, v in (("location", location), ("offset", str(offset)), ("length", str(4 * int(np.prod(shape))))):
@@ -189,13 +192,14 @@ def test_widths_of_element_types() -> None:
         assert external_data._size(TensorProto(data_type=TensorProto.DataType.Value(name), dims=[5])) == size, name
 
 
+# VmHWM is this program's own peak; ru_maxrss would count the process that it was forked from.
 MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from graph_passes.pipeline import rewrite
 report = rewrite(Path(sys.argv[1]), Path(sys.argv[2]))
 assert report.rewritten == 1
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024)
 """
 
 

@@ -53,6 +53,15 @@ def buffer(b: Builder, t: Tensors) -> str:
     return b.op("And", part, builder.padding(b, t))
 
 
+def open_buffer(b: Builder, t: Tensors) -> str:
+    """A square buffer cut to the length of a prompt, without a past."""
+    square = b.const(np.tri(64, dtype=bool)[None, None], bool)
+    rows = b.dim(t.q, 2)
+    # Numbers beyond the buffer must not make the evaluation longer than the buffer.
+    zero = b.op("Sub", b.const([200, 200]), b.const([200, 200]))
+    return b.op("Slice", square, zero, b.op("Concat", rows, rows, axis=0), b.const([2, 3]))
+
+
 def trilu(b: Builder, t: Tensors) -> str:
     """Not(Trilu(ones, past + 1)): what torch.triu masks."""
     shape = b.op("Concat", b.dim(t.q, 2), b.dim(t.k, 2), axis=0)
@@ -93,6 +102,7 @@ GOOD = {
     "folded": (folded(), STATIC),
     "folded, as infinities": (folded(), replace(STATIC, mask_as="add_inf")),
     "buffer": (buffer, STATIC),
+    "open buffer": (open_buffer, Spelling(past=False)),
     "trilu": (trilu, Spelling()),
     "trilu, no past": (trilu, Spelling(past=False)),
     "cumulated": (cumulated, Spelling()),
@@ -105,7 +115,7 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_full_causal(name: str, tmp_path: Path) -> None:
     make, spelling = GOOD[name]
-    check(replace(spelling, mask=make), tmp_path)
+    check(replace(spelling, mask=make), tmp_path, "causal" if name == "open buffer" else "causal+padding")
 
 
 def test_two_masks_added_one_after_the_other(tmp_path: Path) -> None:
@@ -124,7 +134,10 @@ def test_one_row_sees_every_key(tmp_path: Path) -> None:
     q = b.input("query", ["batch", 4, 1, 16])
     k, v = b.input("key", ["batch", 2, "total", 16]), b.input("value", ["batch", 2, "total", 16])
     keep = b.input("attention_mask", ["batch", "total"], TensorProto.INT64)
-    k4, v4 = (b.op("Reshape", b.op("Expand", b.op("Unsqueeze", x, b.const([2])), b.const([1, 1, 2, 1, 1])), b.const([0, 4, -1, 16])) for x in (k, v))
+    k4, v4 = (
+        b.op("Reshape", b.op("Expand", b.op("Unsqueeze", x, b.const([2])), b.const([1, 1, 2, 1, 1])), b.const([0, 4, -1, 16]))
+        for x in (k, v)
+    )
     scores = b.op("MatMul", q, b.op("Transpose", k4, perm=[0, 1, 3, 2]))
     bias = b.op("Where", builder.padding(b, Tensors(q, k, keep, "")), b.const(0.0, np.float32), b.const(LOWEST, np.float32))
     b.output(b.op("MatMul", b.op("Softmax", b.op("Add", scores, bias), axis=-1), v4, name="result"))
@@ -133,7 +146,9 @@ def test_one_row_sees_every_key(tmp_path: Path) -> None:
     assert (site.kv_heads, site.mask.kind) == (2, "causal+padding")
     out, _ = running.rewritten(path)
     generator = np.random.default_rng(0)
-    data = {n: generator.standard_normal((3, h, s, 16)).astype(np.float32) for n, h, s in (("query", 4, 1), ("key", 2, 11), ("value", 2, 11))}
+    data = {
+        n: generator.standard_normal((3, h, s, 16)).astype(np.float32) for n, h, s in (("query", 4, 1), ("key", 2, 11), ("value", 2, 11))
+    }
     data["attention_mask"] = builder.padding_mask(3, 11, "left")
     assert np.abs(running.Session(path)(data)["result"] - running.Session(out)(data)["result"]).max() < 2e-6
 

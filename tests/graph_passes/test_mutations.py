@@ -23,7 +23,7 @@ BASES = (
     Spelling(mask_as="where", scale="div", transpose="bshd"),
     Spelling(past=False, mask_as="unless", cast=True),
 )
-MUTANTS = int(os.environ.get("SA_MUTANTS", "160"))
+MUTANTS = int(os.environ.get("SA_MUTANTS", "120"))
 
 TWINS = (
     ("And", "Or", "Xor"),

@@ -57,7 +57,6 @@ def test_document_lists_the_same_attributes_with_the_same_types_and_defaults() -
         ({"policy": "tile", "sample_rows": 24}, "sample_rows is '24 with block_q 128'; "),
         ({"policy": "column_slash", "sample_rows": 65, "segment": 64}, "sample_rows is '65 with segment 64'; "),
         ({"segment": 0}, "segment is 0; "),
-        ({"value_weight": 2}, "value_weight is 2; allowed is 0 or 1."),
         ({"sample_ratio": 0.0}, "sample_ratio is 0.0; allowed is a number in (0, 1]."),
         ({"window_ratio": 1.5}, "window_ratio is 1.5; allowed is a number in [0, 1]."),
         ({"block_q": 96}, "block_q is 96; allowed is one of 16, 32, 64, 128, 256."),

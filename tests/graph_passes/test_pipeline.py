@@ -224,7 +224,8 @@ def test_a_wrong_config_stops_before_the_model_is_read(tmp_path: Path) -> None:
 
 def test_the_file_that_inspect_writes_is_taken(tmp_path: Path) -> None:
     path = running.save(two_layers(), tmp_path)
-    config = write_config(tmp_path / "attention.yaml", inspect(path).sites, overrides={"layers.0": {"policy": "dense"}})
+    defaults = Policy(policy="residue")
+    config = write_config(tmp_path / "attention.yaml", inspect(path).sites, defaults, overrides={"layers.0": {"policy": "dense"}})
     assert [p.policy for p in rewrite(path, tmp_path / "out.onnx", config).policies.values()] == ["dense", "residue"]
 
 

@@ -83,6 +83,31 @@ def test_without_value_info_and_node_names(tmp_path: Path) -> None:
     assert report.sites[0].node  # the tensor it makes stands in for its name
 
 
+def test_bfloat16_is_found(tmp_path: Path) -> None:
+    """ONNX Runtime has no bfloat16 on the CPU: the graph is checked, not run."""
+    path = running.save(builder.attention(Spelling(dtype=TensorProto.BFLOAT16, cast=True, scale="both")), tmp_path)
+    (site,) = inspect(path).sites
+    assert (site.kv_heads, site.scale, site.mask.kind) == (HKV, 0.25, "causal+padding")
+    out, _ = running.rewritten(path)
+    onnx.checker.check_model(onnx.load(out), full_check=True)
+    assert "Expand" not in [n.op_type for n in onnx.load(out).graph.node]
+
+
+def test_shift_by_the_largest_score(tmp_path: Path) -> None:
+    def shift(b: builder.Builder, at: str, x: str) -> str:
+        return b.op("Sub", x, b.op("ReduceMax", x, b.const([-1]))) if at == "masked" else x
+
+    model = builder.attention(change=shift)
+    path = running.save(model, tmp_path)
+    out, report = running.rewritten(path)
+    assert report.rewritten == 1
+    data = builder.feeds(model, 2, 20, 3, pad="left")
+    real = running.real_rows(data["attention_mask"], 20)
+    assert running.largest_difference(running.Session(path)(data)["result"], running.Session(out)(data)["result"], real) < 2e-6
+    other = builder.attention(change=lambda b, at, x: b.op("Sub", x, b.op("ReduceMax", x, b.const([2]))) if at == "masked" else x)
+    assert inspect(running.save(other, tmp_path, "columns.onnx")).sites == ()
+
+
 def test_dropout_of_inference_is_passed(tmp_path: Path) -> None:
     path = running.save(builder.attention(change=lambda b, at, x: b.op("Dropout", x) if at == "probabilities" else x), tmp_path)
     assert len(inspect(path).sites) == 1

@@ -1,8 +1,9 @@
 """Evaluates a mask on small inputs and compares it with what was proved of it.
 
-The proof covers every length; this guards the proof against a mistake in itself. The nodes that make the mask are cut out of the graph (at Shape nodes,
-whose results are computed), and run by ONNX's reference evaluator for several batch sizes, row counts and past lengths. One probe has more keys than any integer in
-those nodes, so that a window or chunk of that size would show.
+The proof covers every length; this guards the proof against a mistake in itself. The nodes that make the mask are cut out of
+the graph (at Shape nodes, whose results are computed), and run by ONNX's reference evaluator for several batch sizes, row
+counts and past lengths. One probe has more keys than any integer in those nodes, so that a window or chunk of that size would
+show.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from graph_passes.patterns.grid import Grid
 from graph_passes.patterns.masks.prove import MASKED, MaskTerm
 from graph_passes.site import KeyMask, Mask, Refusal, label
 from graph_passes.symbolic.graph import Stuck, SymbolicGraph, is_standard, producer
-from graph_passes.symbolic.poly import Dim, Poly
+from graph_passes.symbolic.poly import Clamped, Dim, Poly, Symbol, const
 
 __all__ = ["crosscheck"]
 
@@ -50,10 +51,24 @@ def crosscheck(sg: SymbolicGraph, terms: list[MaskTerm], mask: Mask, grid: Grid)
     """
     if not terms:
         return ()
+    question = (
+        "mask evaluated",
+        tuple((t.how, t.factor, *(sg.signature(x) for x in (t.mask, t.fill) if x is not None)) for t in terms),
+        mask,
+        grid.batch,
+        grid.rows,
+        grid.keys,
+    )
+    if question not in sg.memory:
+        sg.memory[question] = _evaluate(sg, terms, mask, grid)
+    return sg.memory[question]
+
+
+def _evaluate(sg: SymbolicGraph, terms: list[MaskTerm], mask: Mask, grid: Grid) -> tuple[str, ...]:
     cut = _Cut(sg, terms, mask)
     seen: list[str] = []
     generator = np.random.default_rng(0)
-    for probe in _probes(grid, cut.largest_integer()):
+    for probe in _probes(grid, cut.largest_integer(), cut.longest()):
         lengths = _lengths(grid, probe, cut.dims())
         b, s, t = (_number(p, lengths) for p in (grid.batch, grid.rows, grid.keys))
         if f"{b}x{s}x{t}" in seen:
@@ -121,6 +136,12 @@ class _Cut:
         ]
         return max((x for x in found if x < _INT_MAX), default=0)
 
+    def longest(self) -> int:
+        """The most rows that the buffers hold from which the mask is cut."""
+        shapes = [self.sg.shape(t) for n in self.nodes for t in n.outputs]
+        bounds = [s.bound for shape in shapes for n in shape or () for s in n.symbols if isinstance(s, Clamped)]
+        return min(bounds, default=_LONGEST_SQUARE)
+
     def run(self, lengths: dict[Dim, int], make: Callable[[list[int], bool], np.ndarray]) -> dict[str, np.ndarray]:
         """The values of the terms' tensors and of the key mask's source."""
         from onnx.reference import ReferenceEvaluator
@@ -140,9 +161,8 @@ class _Cut:
                 with np.errstate(all="ignore"):
                     results = ReferenceEvaluator(self._model(computed, constants)).run(computed, feeds)
             except Exception as error:  # whatever an operator of the evaluator stumbles over
-                raise Refusal(
-                    f"its mask was proved but cannot be evaluated ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})."
-                ) from None
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise Refusal(f"its mask was proved but cannot be evaluated ({what}).") from None
             values.update(zip(computed, results, strict=True))
         return {t.name: np.asarray(values[t.name]) for t in self.outputs}
 
@@ -170,14 +190,14 @@ class _Cut:
         return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self.sg.opset)])
 
 
-def _probes(grid: Grid, largest: int) -> Iterator[Probe]:
+def _probes(grid: Grid, largest: int, longest: int) -> Iterator[Probe]:
     has_past = any(isinstance(s, Dim) for s in (grid.keys - grid.rows).symbols)
     yield Probe(2, 5, 4)
     yield Probe(3, 7, 0)
     if has_past:
         yield Probe(1, 3, min(largest + 2, _LONGEST_ROW))
     else:
-        yield Probe(1, min(largest + 3, _LONGEST_SQUARE), 0)
+        yield Probe(1, min(largest + 3, longest, _LONGEST_SQUARE), 0)
 
 
 def _lengths(grid: Grid, probe: Probe, others: set[Dim]) -> dict[Dim, int]:
@@ -192,7 +212,13 @@ def _lengths(grid: Grid, probe: Probe, others: set[Dim]) -> dict[Dim, int]:
 
 
 def _number(p: Poly, lengths: dict[Dim, int]) -> int:
-    value = p.substitute(lambda s: Poly.of({(): lengths[s]}) if isinstance(s, Dim) and s in lengths else None).value
+
+    def known(s: Symbol) -> Poly | None:
+        if isinstance(s, Clamped):
+            return const(min(_number(s.length, lengths), s.bound))
+        return const(lengths[s]) if isinstance(s, Dim) and s in lengths else None
+
+    value = p.substitute(known).value
     if value is None or value < 0:
         raise Refusal(f"its mask cannot be evaluated: the length {p} has no number.")
     return value

@@ -50,6 +50,13 @@ def key_mask(sg: SymbolicGraph, condition: KeyCondition, grid: Grid) -> KeyMask:
     Raises:
         Refusal: no tensor holds it.
     """
+    question = ("key mask", condition.comparisons, tuple(condition.table.items()), grid.batch, grid.keys)
+    if question not in sg.memory:
+        sg.memory[question] = _search(sg, condition, grid)
+    return sg.memory[question]
+
+
+def _search(sg: SymbolicGraph, condition: KeyCondition, grid: Grid) -> KeyMask:
     one = condition.single()
     found = None if one is None else _test_of_a_tensor(sg, one, grid)
     found = found or _tensor_in_the_mask(sg, condition, grid)

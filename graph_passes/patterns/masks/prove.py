@@ -1,7 +1,8 @@
 """Decides by meaning whether a mask is full causal attention, with or without padding.
 
-The element of the mask at (b, h, q, kv) is written as a formula over comparisons (`symbolic.points`). It must be equal, under every consistent truth of
-those comparisons, to `kv <= q + (T - S)` and a condition on (b, kv) alone. Nothing is inferred from names or node order.
+The element of the mask at (b, h, q, kv) is written as a formula over comparisons (`symbolic.points`). It must be equal, under
+every consistent truth of those comparisons, to `kv <= q + (T - S)` and a condition on (b, kv) alone. Nothing is inferred from
+names or node order.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import onnx_graphsurgeon as gs
 from graph_passes.patterns.grid import Grid
 from graph_passes.patterns.masks.keys import KeyCondition, key_mask
 from graph_passes.site import Mask, Refusal, label
-from graph_passes.symbolic import points
 from graph_passes.symbolic.graph import Stuck, SymbolicGraph, producer
 from graph_passes.symbolic.logic import (
     Atom,
@@ -34,12 +34,14 @@ from graph_passes.symbolic.logic import (
     number,
     truth,
 )
+from graph_passes.symbolic.movement import broadcast_index
 from graph_passes.symbolic.poly import Index, Load, Poly, Quotient, Remainder, index_variables, is_nonnegative, poly
 
 __all__ = ["MASKED", "MaskTerm", "allowed", "prove"]
 
 MASKED = -1e4
-"""A score lowered by at least this much (and by -inf, float minimum) has probability 0 in softmax: exp(-1e4) underflows in every float type."""
+"""A score lowered by at least this much (and by -inf, float minimum) has probability 0 in softmax: exp(-1e4) underflows in
+every float type."""
 
 _MOST_ATOMS = 12
 
@@ -106,7 +108,7 @@ def allowed(sg: SymbolicGraph, term: MaskTerm, grid: Grid) -> Formula:
 
 def _element(sg: SymbolicGraph, tensor: gs.Tensor, term: MaskTerm, grid: Grid) -> Value:
     try:
-        return sg.value(tensor, points.broadcast_index(sg, term.node, tensor, grid.at, grid.scores))
+        return sg.value(tensor, broadcast_index(sg, term.node, tensor, grid.at, grid.scores))
     except (Stuck, IndexError) as stuck:
         node = stuck.node if isinstance(stuck, Stuck) else term.node
         why = stuck.why if isinstance(stuck, Stuck) else f"{tensor.name} has more axes than the scores"

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from sa_export import files as folder_module
 from sa_export.errors import UserError
 from sa_export.hf import export as export_module
-from sa_export.hf import folder as folder_module
 from sa_export.hf.export import export_onnx
 from sa_export.hf.folder import staged_folder
 
@@ -65,7 +65,7 @@ def test_an_empty_folder_may_exist(tmp_path: Path) -> None:
 def test_an_earlier_export_needs_force(tmp_path: Path) -> None:
     out = an_export(tmp_path / "out")
     before = content(tmp_path)
-    with pytest.raises(UserError, match="is not empty; choose another output folder, or replace an earlier export with --force"):
+    with pytest.raises(UserError, match="is not empty; choose another output folder, or replace an earlier output with --force"):
         replace_by_new(out)
     assert content(tmp_path) == before
     replace_by_new(out, force=True)
@@ -95,7 +95,7 @@ def test_force_never_replaces_what_is_not_ours(tmp_path: Path, manifest: str | N
     if manifest is not None:
         (out / "export.json").write_text(manifest)
     before = content(tmp_path)
-    with pytest.raises(UserError, match="holds no earlier export"):
+    with pytest.raises(UserError, match="holds no earlier output of this tool"):
         replace_by_new(out, force=True)
     assert content(tmp_path) == before
 
@@ -104,7 +104,7 @@ def test_force_stops_at_foreign_files_beside_an_export(tmp_path: Path) -> None:
     out = an_export(tmp_path / "out")
     (out / "notes.txt").write_text("mine")
     before = content(tmp_path)
-    with pytest.raises(UserError, match=r"holds notes\.txt beside an earlier export"):
+    with pytest.raises(UserError, match=r"holds notes\.txt beside an earlier output"):
         replace_by_new(out, force=True)
     assert content(tmp_path) == before
     replace_by_new(out, force=True, may_replace=("*.txt",))
@@ -176,6 +176,6 @@ def test_a_disk_without_room_is_refused_beforehand(loaded: Callable[..., Any], t
 def test_the_checkpoint_itself_is_no_output(loaded: Callable[..., Any], llama: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(llama, tmp_path / "checkpoint"))
     before = sorted(path.name for path in copy.iterdir())
-    with pytest.raises(UserError, match="holds no earlier export"):
+    with pytest.raises(UserError, match="holds no earlier output of this tool"):
         export_onnx(loaded(), copy, force=True)
     assert sorted(path.name for path in copy.iterdir()) == before

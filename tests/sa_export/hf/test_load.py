@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,6 +210,65 @@ def test_hub_id_without_network(tmp_path: Path) -> None:
     env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True)
     assert "some-org/some-model is no folder here, and the Hugging Face hub cannot be reached" in done.stdout
+
+
+@pytest.fixture
+def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that serves the Llama checkpoint as `org/llama`; the names of the files that were asked for."""
+    import huggingface_hub
+
+    served: list[str] = []
+
+    def snapshot_download(hub_id: str, *, allow_patterns: list[str], ignore_patterns: list[str], **options: Any) -> str:
+        assert (hub_id, options["revision"], options["token"]) == ("org/llama", "main", "secret")
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        extra = {"modeling_own.py": b"", "onnx/model.onnx.json": b"", "consolidated.safetensors": b"", "readme.md": b""}
+        names = {path.name: path.read_bytes() for path in llama.iterdir()} | extra
+        for name, data in names.items():
+            wanted = any(fnmatch(name, p) for p in allow_patterns) and not any(fnmatch(name, p) for p in ignore_patterns)
+            if wanted and not (tmp_path / "hub" / name).exists():
+                (tmp_path / "hub" / name).write_bytes(data)
+                served.append(name)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return served
+
+
+def test_hub_id(hub: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    stages: list[str] = []
+    options: dict[str, Any] = {"revision": "main", "token": "secret", "progress": lambda stage, _: stages.append(stage)}
+    assert load_checkpoint("org/llama", random_weights=True, **options).source == "org/llama"
+    assert "config.json" in hub
+    assert "model.safetensors" not in hub, "random weights need no download"
+    assert load_checkpoint("org/llama", **options).tokenizer is not None
+    assert "model.safetensors" in hub
+    assert not {"modeling_own.py", "onnx/model.onnx.json", "consolidated.safetensors", "readme.md"} & set(hub)
+    assert list(dict.fromkeys(stages)) == ["download", "load"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("GatedRepoError", "licence"),
+        ("RevisionNotFoundError", "not the revision 'v9'"),
+        ("RepositoryNotFoundError", "no such model"),
+        ("HfHubHTTPError", "cannot be reached"),
+    ],
+)
+def test_hub_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str, words: str) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    response = SimpleNamespace(headers={}, request=None, status_code=403, url="http://hub")
+
+    def snapshot_download(*_: object, **__: object) -> str:
+        raise getattr(errors, error)("no", response=response)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert words in refusal("org/model", revision="v9")
 
 
 def test_a_folder_never_asks_the_network(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
