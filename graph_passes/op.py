@@ -88,7 +88,7 @@ class Policy:
     alpha: tuple[float, ...] = (0.75,)
     alpha_slash: tuple[float, ...] = (0.95,)
     stride: int = 8
-    sample_rows: int = 32
+    sample_rows: int = 64
     value_weight: int = 1
     segment: int = 2048
     sample_ratio: float = 0.05

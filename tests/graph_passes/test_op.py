@@ -19,7 +19,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "op.md"
 
 def test_defaults_are_a_valid_tile_policy() -> None:
     policy = Policy()
-    assert (policy.policy, policy.sample_rows, policy.block_q, policy.block_k, policy.alpha) == ("tile", 32, 128, 64, (0.75,))
+    assert (policy.policy, policy.sample_rows, policy.block_q, policy.block_k, policy.alpha) == ("tile", 64, 128, 64, (0.75,))
 
 
 def test_fields_are_the_attributes() -> None:

@@ -1,0 +1,200 @@
+// Smallest set of free key blocks that reaches alpha of the free blocks' sampled mass, joined with the forced ones. One warp or thread block a query tile.
+//
+// The threshold is found by bisection on the bit pattern of the mass (non-negative floats order like integers). The sum of the masses at or above a candidate
+// is always formed in the same order, so it falls monotonically with the candidate in floating point too, and the result is deterministic.
+#include "../common/launch.cuh"
+#include "filter_params.h"
+
+#include <cstdint>
+
+namespace sample_attention {
+namespace {
+
+// A team of threads works on one query tile: a warp while its masses fit a few KiB (no barriers, many tiles an SM), else a whole thread block.
+constexpr int kWarpTeamBlocks = 2048;
+
+template <int kTeam>
+struct Team {
+  static constexpr int kWarps = kTeam / 32;
+
+  // Sum over the team, formed in one fixed order.
+  static __device__ __forceinline__ float sum(float v, float *scratch) {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+    if constexpr (kWarps == 1) {
+      return v;
+    } else {
+      __syncthreads();
+      if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+      __syncthreads();
+      float total = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total += scratch[w];
+      return total;
+    }
+  }
+
+  // Exclusive prefix over the team of one flag a thread, and the total.
+  static __device__ __forceinline__ int rank(bool flag, int *scratch, int &total) {
+    unsigned votes = __ballot_sync(~0u, flag);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int before = __popc(votes & ((1u << lane) - 1));
+    if constexpr (kWarps == 1) {
+      total = __popc(votes);
+      return before;
+    } else {
+      __syncthreads();
+      if (lane == 0) scratch[warp] = __popc(votes);
+      __syncthreads();
+      total = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        if (w < warp) before += scratch[w];
+        total += scratch[w];
+      }
+      return before;
+    }
+  }
+};
+
+struct Forced {
+  int own_first, own_last, sink_first, sink_last;  // inclusive ranges of blocks; empty when last < first
+  __device__ bool has(int block) const { return (block >= own_first && block <= own_last) || (block >= sink_first && block <= sink_last); }
+};
+
+template <int kTeam, int kTeams>
+__global__ void __launch_bounds__(kTeam *kTeams) filter_kernel(const FilterParams p) {
+  static_assert(kTeam == 32 || kTeams == 1, "teams of several warps use the barrier of the thread block");
+  constexpr int kThreads = kTeam;
+  __shared__ float scratch[Team<kTeam>::kWarps];
+  __shared__ int counts[Team<kTeam>::kWarps];
+  const int team = threadIdx.x / kTeam, member = threadIdx.x % kTeam;
+  const int tile = blockIdx.x * kTeams + team, head = blockIdx.y, batch = blockIdx.z;
+  if (tile >= p.tiles) return;
+  float *mass = reinterpret_cast<float *>(dynamic_shared()) + team * p.blocks;
+  const int64_t row = (int64_t(batch) * p.heads + head) * p.tiles + tile;
+  int32_t *indices = p.indices + row * p.blocks;
+
+  const int shift = p.keys - p.queries;
+  const int first_row = (p.first_tile + tile) * p.block_q;
+  const int first_position = shift + first_row;
+  const int last_position = shift + min(first_row + p.block_q, p.queries) - 1;
+  const int blocks = last_position / p.block_k + 1;  // those that begin at or before the last row
+  const int first_real = p.bounds != nullptr ? p.bounds[2 * batch] : 0;
+  const int end_real = p.bounds != nullptr ? p.bounds[2 * batch + 1] : p.keys;
+  const float alpha = p.alpha != nullptr ? p.alpha[head] : p.alpha_all;
+
+  Forced forced;
+  forced.own_first = max(first_position - p.window, 0) / p.block_k;
+  forced.own_last = blocks - 1;
+  forced.sink_first = first_real / p.block_k;
+  forced.sink_last = p.sink > 0 ? (first_real + p.sink - 1) / p.block_k : -1;
+
+  bool all = alpha >= 1.f || (last_position >= end_real - p.dense_rows && first_position < end_real && p.dense_rows > 0);
+  float threshold = 0.f, need = 0.f, above = 0.f;
+  if (!all) {
+    float total = 0.f, free = 0.f;
+    for (int k = member; k < blocks; k += kThreads) {
+      float m = p.mass[row * p.blocks + k];
+      total += m;
+      // A forced block stays out of both sides of the contest.
+      mass[k] = forced.has(k) ? 0.f : m;
+      free += mass[k];
+    }
+    total = Team<kTeam>::sum(total, scratch);
+    free = Team<kTeam>::sum(free, scratch);
+    need = alpha * free;
+    all = !(total > 0.f) || isinf(total);
+    if (!all && need > 0.f) {
+      // Largest pattern whose masses at or above it reach what is needed. If rounding leaves even their full sum short, every block with mass is kept.
+      uint32_t low = 1, high = 0x7f800000u;
+      while (high - low > 1) {
+        uint32_t middle = low + (high - low) / 2;
+        float candidate = __uint_as_float(middle), sum = 0.f;
+        for (int k = member; k < blocks; k += kThreads) sum += mass[k] >= candidate ? mass[k] : 0.f;
+        if (Team<kTeam>::sum(sum, scratch) >= need)
+          low = middle;
+        else
+          high = middle;
+      }
+      threshold = __uint_as_float(low);
+      for (int k = member; k < blocks; k += kThreads) above += mass[k] > threshold ? mass[k] : 0.f;
+      above = Team<kTeam>::sum(above, scratch);
+    }
+  }
+  // Blocks that tie at the threshold are taken from the lower index up, until the need is met.
+  const bool contest = !all && need > 0.f;
+  const int ties = contest ? max(1, static_cast<int>(fminf(ceilf((need - above) / threshold), 2e9f))) : 0;
+  int written = 0, tied = 0;
+  for (int base = 0; base < blocks; base += kThreads) {
+    int k = base + member, in_round;
+    bool inside = k < blocks;
+    float m = contest && inside ? mass[k] : 0.f;
+    bool tie = contest && inside && m == threshold;
+    int tie_rank = Team<kTeam>::rank(tie, counts, in_round);
+    bool keep = inside && (all || forced.has(k) || (contest && (m > threshold || (tie && tied + tie_rank < ties))));
+    tied += in_round;
+    int rank = Team<kTeam>::rank(keep, counts, in_round);
+    if (keep) indices[written + rank] = k;
+    written += in_round;
+  }
+  if (member == 0) p.counts[row] = written;
+}
+
+constexpr int kBins = 1024;
+
+__global__ void __launch_bounds__(kBins) order_kernel(const OrderParams p) {
+  __shared__ int start[kBins];
+  __shared__ int warp_total[32];
+  const int group = p.heads / p.kv_heads;
+  const int items = group * p.tiles;
+  const int first_head = blockIdx.x * group;  // of [B * Hq]
+  auto bin_of = [&](int item) {
+    int head = first_head + item % group, tile = item / group;
+    int count = p.counts[int64_t(head) * p.list_tiles + tile / p.tiles_per_list];
+    return kBins - 1 - min(kBins - 1, static_cast<int>(int64_t(count) * kBins / (p.capacity + 1)));
+  };
+  start[threadIdx.x] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < items; i += kBins) atomicAdd(&start[bin_of(i)], 1);
+  __syncthreads();
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int own = start[threadIdx.x], sum = own;
+  for (int d = 1; d < 32; d *= 2) {
+    int other = __shfl_up_sync(~0u, sum, d);
+    if (lane >= d) sum += other;
+  }
+  if (lane == 31) warp_total[warp] = sum;
+  __syncthreads();
+  int before = 0;
+  for (int w = 0; w < warp; ++w) before += warp_total[w];
+  start[threadIdx.x] = before + sum - own;
+  __syncthreads();
+  // The order among equals is not fixed; it moves work, never results.
+  for (int i = threadIdx.x; i < items; i += kBins) {
+    int slot = atomicAdd(&start[bin_of(i)], 1);
+    p.order[int64_t(blockIdx.x) * items + slot] = (first_head + i % group) * p.tiles + i / group;
+  }
+}
+
+}  // namespace
+
+namespace {
+
+template <int kTeam, int kTeams>
+cudaError_t launch_teams(const FilterParams &params, cudaStream_t stream) {
+  dim3 grid((params.tiles + kTeams - 1) / kTeams, params.heads, params.batch);
+  return launch(filter_kernel<kTeam, kTeams>, grid, kTeam * kTeams, params.blocks * kTeams * static_cast<int>(sizeof(float)), stream, params);
+}
+
+}  // namespace
+
+cudaError_t launch_filter(const FilterParams &params, cudaStream_t stream) {
+  return params.blocks <= kWarpTeamBlocks ? launch_teams<32, 4>(params, stream) : launch_teams<256, 1>(params, stream);
+}
+
+cudaError_t launch_order(const OrderParams &params, cudaStream_t stream) {
+  return launch(order_kernel, dim3(params.batch * params.kv_heads), kBins, 0, stream, params);
+}
+
+}  // namespace sample_attention

@@ -1,0 +1,34 @@
+// Arguments of the selection and of the work order.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace sample_attention {
+
+struct FilterParams {
+  const float *mass;      // [B, Hq, tiles, blocks]
+  const float *alpha;     // [Hq], or null
+  const int32_t *bounds;  // [B, 2], or null
+  int32_t *counts;        // [B, Hq, tiles]
+  int32_t *indices;       // [B, Hq, tiles, blocks]
+  float alpha_all;
+  int32_t batch, heads, queries, keys;
+  int32_t first_tile, tiles, blocks;
+  int32_t block_q, block_k, window, sink, dense_rows;
+};
+
+// Kept blocks of each (batch, head, query tile): docs/op.md, "Selection", steps 3 to 6. Takes blocks * 4 bytes of shared memory a block.
+cudaError_t launch_filter(const FilterParams &params, cudaStream_t stream);
+
+struct OrderParams {
+  const int32_t *counts;  // [B, Hq, list_tiles]
+  int32_t *order;         // [B * Hq * tiles]
+  int32_t batch, heads, kv_heads, list_tiles, tiles, tiles_per_list, capacity;
+};
+
+// Work items of the prefill kernel, longest first inside each key/value head.
+cudaError_t launch_order(const OrderParams &params, cudaStream_t stream);
+
+}  // namespace sample_attention

@@ -1,0 +1,37 @@
+"""The CUDA kernels of the operator, called from Python on torch tensors (ctypes; importing this package loads nothing).
+
+The library is libsample_attention_kernels.so of `plugins/`; `SA_EXPORT_KERNELS` names another file.
+"""
+
+from sa_export.kernels.library import Problem, find_library
+from sa_export.kernels.ops import (
+    Call,
+    Lists,
+    attend,
+    build_info,
+    decode,
+    filter_blocks,
+    is_full,
+    make_problem,
+    prefill,
+    sample,
+    supports,
+    workspace_bytes,
+)
+
+__all__ = [
+    "Call",
+    "Lists",
+    "Problem",
+    "attend",
+    "build_info",
+    "decode",
+    "filter_blocks",
+    "find_library",
+    "is_full",
+    "make_problem",
+    "prefill",
+    "sample",
+    "supports",
+    "workspace_bytes",
+]

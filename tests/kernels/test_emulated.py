@@ -1,0 +1,234 @@
+"""The kernels' own source on a CPU emulator of a thread block, against float64.
+
+Needs g++, the CUDA headers and the CUTLASS headers; no device. It proves what a device run cannot isolate: indices, masks, slices,
+reductions and the hand-over between threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from graph_passes.op import Policy
+from graph_passes.reference import select
+from sa_export.kernels import library as door
+from sa_export.kernels import make_problem
+from sa_export.kernels.library import BlockLists, PrefillParams, Tensor
+from tests.kernels.emulator.build import build, cuda_include, cutlass_include
+
+pytestmark = pytest.mark.slow
+HEAD_DIMS = (64, 96)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    for what, found in (("g++", shutil.which("g++")), ("the CUDA headers", cuda_include()), ("the CUTLASS headers", cutlass_include())):
+        if not found:
+            pytest.skip(f"{what} were not found: the kernels were not emulated")
+    # SA_EMULATED_KERNELS names a library that an earlier build() left, for work on the tests alone.
+    path = os.environ.get("SA_EMULATED_KERNELS") or build(tmp_path_factory.mktemp("emulator"), HEAD_DIMS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SA_EXPORT_KERNELS", str(path))
+        door.load.cache_clear()
+        yield
+    door.load.cache_clear()
+
+
+class Call:
+    """A call on CPU tensors: [B, H, rows, D] in the kernel's dtype, workspace and outputs full of poison."""
+
+    def __init__(
+        self, s, t, policy, d=64, heads=2, kv_heads=1, batch=1, dtype="bfloat16", softcap=0.0, bounds=None, spread=2.0, seed=0, scratch=0
+    ):
+        import torch
+
+        from tests.kernels.oracle import Case
+
+        self.case = Case(s, t, d, heads, kv_heads, batch, getattr(torch, dtype), softcap, bounds, spread, seed, device="cpu")
+        self.q, self.k, self.v = self.case.tensors()
+        self.out = torch.full_like(self.q, torch.nan)
+        self.lse = np.full((batch, heads, s), np.nan, np.float32)
+        self.alpha = np.float32(policy.alpha)
+        self.bounds = None if bounds is None else np.int32(bounds)
+        self.policy = policy
+        self.problem = make_problem(batch, heads, kv_heads, s, t, d, policy, dtype=dtype, softcap=softcap, scratch_bytes=scratch)
+        size = door.load().sa_workspace_bytes(ctypes.byref(self.problem))
+        assert size > 0
+        self.storage = np.full(size + 256, 0xFF, np.uint8)
+        self.workspace = -(-self.storage.ctypes.data // 256) * 256
+        self.size = size
+        self.params = PrefillParams(
+            problem=self.problem,
+            query=self._tensor(self.q),
+            key=self._tensor(self.k),
+            value=self._tensor(self.v),
+            output=self._tensor(self.out),
+            alpha=self.alpha.ctypes.data if len(self.alpha) > 1 else None,
+            bounds=None if self.bounds is None else self.bounds.ctypes.data,
+            lse=self.lse.ctypes.data,
+        )
+
+    @staticmethod
+    def _tensor(x):
+        strides = [0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+        return Tensor(x.data_ptr(), *strides)
+
+    def run(self, name, *arguments, workspace=True):
+        tail = (self.workspace, self.size, None) if workspace else (None,)
+        code, sentence = door.message_of(name, ctypes.byref(self.params), *arguments, *tail)
+        assert code == 0, sentence
+
+    def stages(self):
+        """(mass, kept bool [B, Hq, nQ, nK]) of sample and filter over the whole call."""
+        p = self.policy
+        shape = (*self.q.shape[:2], -(-self.q.shape[2] // p.block_q), -(-self.k.shape[2] // p.block_k))
+        mass = np.full(shape, np.nan, np.float32)
+        self.run("sa_sample", 0, shape[2], mass.ctypes.data)
+        counts, indices = np.full(shape[:3], -1, np.int32), np.full(shape, -1, np.int32)
+        lists = BlockLists(counts.ctypes.data, indices.ctypes.data, 0, shape[2], shape[3])
+        self.run("sa_filter", mass.ctypes.data, ctypes.byref(lists), workspace=False)
+        kept = np.zeros(shape, bool)
+        for at in np.ndindex(*shape[:3]):
+            chosen = indices[at][: counts[at]]
+            assert (np.diff(chosen) > 0).all()
+            kept[at][chosen] = True
+        return mass, kept
+
+    def check_output(self, kept):
+        """At most twice the error of a plain implementation in the same dtype."""
+        import torch
+
+        from tests.kernels import oracle
+
+        exact, exact_lse, plain = oracle.attention(
+            self.case, self.q, self.k, self.v, torch.from_numpy(kept), self.policy.block_q, self.policy.block_k
+        )
+        oracle.assert_as_good_as_plain(self.out, exact, plain, self.case)
+        np.testing.assert_allclose(self.lse, exact_lse.numpy(), rtol=0, atol=2e-4)
+
+    def check_selection(self, mass, kept):
+        import torch
+
+        from tests.kernels import oracle
+
+        exact = oracle.sampled_mass(self.case, self.q, self.k, self.v, self.policy)
+        _, last, block = oracle.grid_positions(self.case, self.policy)
+        sparse = np.broadcast_to(self.policy.alpha, self.case.heads) < 1
+        written = np.broadcast_to((block <= last).numpy(), mass.shape)[:, sparse]
+        got, want = mass[:, sparse][written], exact.numpy()[:, sparse][written]
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * want.max())
+        oracle.assert_selection(self.case, self.policy, torch.from_numpy(kept), exact)
+        # The NumPy reference decides on its own masses: only a block at the threshold may differ.
+        real = (
+            None if self.bounds is None else (np.arange(self.case.t) >= self.bounds[:, :1]) & (np.arange(self.case.t) < self.bounds[:, 1:])
+        )
+        arrays = (x.double().numpy() for x in (self.q, self.k, self.v))
+        reference = select(*arrays, real, self.policy, self.case.multiplier, self.case.softcap)
+        assert (kept != reference.block_mask).any(-1).mean() < 0.05
+
+
+def residue(stride=16, **changes):
+    return Policy(policy="residue", stride=stride, **{"min_length": 0, "alpha": (0.7,), "sink": 0, "dense_rows": 0, **changes})
+
+
+def tile(rows=16, **changes):
+    return Policy(policy="tile", sample_rows=rows, **{"min_length": 0, "alpha": (0.7,), "sink": 0, "dense_rows": 0, **changes})
+
+
+@pytest.mark.parametrize(
+    ("call", "policy"),
+    [
+        ({"s": 400, "t": 400}, residue()),
+        ({"s": 113, "t": 203}, residue(8)),
+        ({"s": 300, "t": 411, "d": 96, "dtype": "float16"}, residue(32)),
+        ({"s": 290, "t": 530, "bounds": [[37, 500]]}, residue(sink=64)),
+        ({"s": 270, "t": 270, "softcap": 5.0}, residue(window=70)),
+        ({"s": 300, "t": 300}, residue(block_q=256, block_k=32)),
+        ({"s": 300, "t": 300}, residue(block_k=128, alpha=(0.5, 1.0))),
+        ({"s": 300, "t": 300}, residue(block_k=256)),
+        ({"s": 17, "t": 700}, residue()),
+        ({"s": 140, "t": 200}, residue(4, value_weight=0)),
+        ({"s": 400, "t": 400}, tile(32)),
+        ({"s": 300, "t": 411, "heads": 1}, tile(64, value_weight=0)),
+        ({"s": 400, "t": 400}, tile()),
+        ({"s": 300, "t": 411}, tile(8)),
+        ({"s": 299, "t": 299, "d": 96}, tile(4)),
+        ({"s": 256, "t": 300}, tile(16, block_k=128)),
+        ({"s": 600, "t": 600, "heads": 1}, tile(16, block_q=256, block_k=32)),
+        ({"s": 290, "t": 530, "bounds": [[37, 500]], "heads": 1}, tile(dense_rows=100)),
+        ({"s": 200, "t": 300, "bounds": [[290, 300]]}, residue(sink=64)),
+    ],
+)
+def test_selection_and_output(call, policy):
+    c = Call(policy=policy, **call)
+    mass, kept = c.stages()
+    c.check_selection(mass, kept)
+    c.run("sa_prefill")
+    c.check_output(kept)
+
+
+def test_many_row_groups_and_chunks():
+    """More than 256 slice rows, cut last tile, and a scratch that forces several chunks."""
+    policy = tile(16)
+    c = Call(2500, 2500, policy, heads=1, seed=3, scratch=1)
+    whole = Call(2500, 2500, policy, heads=1, seed=3)
+    mass, kept = whole.stages()
+    whole.check_selection(mass, kept)
+    c.run("sa_prefill")
+    c.check_output(kept)
+
+
+@pytest.mark.parametrize("blocks", [30, 2100])
+def test_filter_takes_ties_from_the_lower_index(blocks):
+    """Both team sizes; equal masses, so that of the free blocks the lowest are taken, as many as alpha needs."""
+    n, first = 64 * blocks, blocks // 2 - 4
+    c = Call(n, n, residue(alpha=(0.5,)), heads=1, scratch=1 << 40)
+    mass = np.ones((4, blocks), np.float32)
+    counts, indices = np.full(4, -1, np.int32), np.full((4, blocks), -1, np.int32)
+    lists = BlockLists(counts.ctypes.data, indices.ctypes.data, first, 4, blocks)
+    c.run("sa_filter", mass.ctypes.data, ctypes.byref(lists), workspace=False)
+    for at in range(4):
+        begun = 2 * (first + at) + 2
+        free = -(-(begun - 2) // 2)
+        assert indices[at][: counts[at]].tolist() == [*range(free), *range(begun - 2, begun)]
+
+
+def test_filter_without_evidence_keeps_all():
+    c = Call(1000, 1000, residue(), heads=1)
+    for value in (0.0, np.nan, np.inf):
+        mass = np.full((8, 16), value, np.float32)
+        counts, indices = np.zeros(8, np.int32), np.zeros((8, 16), np.int32)
+        lists = BlockLists(counts.ctypes.data, indices.ctypes.data, 0, 8, 16)
+        c.run("sa_filter", mass.ctypes.data, ctypes.byref(lists), workspace=False)
+        assert counts.tolist() == [2, 4, 6, 8, 10, 12, 14, 16]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"s": 1, "t": 1},
+        {"s": 1, "t": 300, "heads": 8, "kv_heads": 2},
+        {"s": 5, "t": 700, "heads": 4, "d": 96, "dtype": "float16", "softcap": 5.0},
+        {"s": 16, "t": 1100, "heads": 2, "bounds": [[3, 1090]], "d": 96},
+        {"s": 2, "t": 90, "batch": 2, "bounds": [[80, 90], [0, 11]]},
+    ],
+)
+def test_decode(call):
+    c = Call(policy=Policy(policy="dense"), **call)
+    c.run("sa_prefill")
+    c.check_output(np.ones((*c.q.shape[:2], 1, -(-c.k.shape[2] // 64)), bool))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [{"s": 129, "t": 129}, {"s": 113, "t": 203, "d": 96, "dtype": "float16"}, {"s": 300, "t": 300, "bounds": [[20, 290]], "softcap": 4.0}],
+)
+def test_dense(call):
+    c = Call(policy=Policy(policy="dense"), **call)
+    c.run("sa_prefill")
+    c.check_output(np.ones((*c.q.shape[:2], -(-c.q.shape[2] // 128), -(-c.k.shape[2] // 64)), bool))
