@@ -11,8 +11,7 @@ namespace sample_attention {
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
-inline Status
-fail(int code, const char *format, ...) {
+inline Status fail(int code, const char *format, ...) {
   Status status;
   status.code = code;
   va_list arguments;

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(128) decode_kernel(const DecodeParams p) {
     query_row[r] = inside ? static_cast<const Element *>(p.query) + batch * p.query_b + head_of(row[r]) * p.query_h + row[r] % p.queries * p.query_s : nullptr;
   }
   // Operand A of mma: (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8), two columns a register.
-  auto read_query = [&](int k, uint32_t(&fragment)[4]) {
+  auto read_query = [&](int k, uint32_t (&fragment)[4]) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const Element *source = query_row[e % 2];
