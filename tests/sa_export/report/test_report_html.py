@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report_samples as samples
 
 from sa_export.check.result import CheckResult, ExactCase, Gate
 from sa_export.errors import UserError
 from sa_export.report import write_report
+from tests.sa_export.report import report_samples as samples
 
 VOID = {"br", "col", "hr", "img", "meta"}
 

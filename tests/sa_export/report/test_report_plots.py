@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import report_samples as samples
 
 from sa_export.check.result import HeadMap
 from sa_export.report.plots import Picture, blocks_figure, cra_figure, density_figure, error_figure, error_rows, tradeoff_figure
 from sa_export.report.plots.heatmap import _digits
 from sa_export.report.plots.style import BLOCKED, KEPT, PIXELS_PER_INCH, site_labels, token_step
+from tests.sa_export.report import report_samples as samples
 
 
 def pixels(picture: Picture) -> np.ndarray:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report_samples as samples
 
 from sa_export.errors import UserError
 from sa_export.report import render, write_report
+from tests.sa_export.report import report_samples as samples
 
 
 @pytest.fixture

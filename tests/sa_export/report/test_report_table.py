@@ -10,11 +10,11 @@ import sys
 from dataclasses import replace
 
 import pytest
-import report_samples as samples
 
 from sa_export.check.result import Gate
 from sa_export.report import text_table
 from sa_export.report.wording import count, gate_failure, gate_limit, join, percent, quantity, scientific, seconds, verdict
+from tests.sa_export.report import report_samples as samples
 
 
 def demo_result() -> samples.CheckResult:
