@@ -23,9 +23,10 @@ from sa_export.check.result import Candidate, CheckResult, HeadMap, LengthResult
 from sa_export.errors import UserError
 from sa_export.files import check_replaceable, staged_folder
 
-__all__ = ["CheckOptions", "Subject", "run_check", "versions"]
+__all__ = ["CheckOptions", "Subject", "refuse_early", "run_check", "versions"]
 
 _EXACT_LENGTH = 200
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -91,17 +92,8 @@ def run_check(
     for subject in subjects:
         DecoderInputs.from_model(subject.model)
     folder = tokenizer_folder or full.parent
+    refuse_early(folder, options)
     tokenizer, config = _tokenizer(folder), _config(folder)
-    limit = config.get("max_position_embeddings")
-    for length in options.lengths:
-        if limit and length > limit:
-            raise UserError(
-                f"A prompt of {length} tokens is longer than the model's limit of {limit} (max_position_embeddings in {folder / 'config.json'}); ask for at most {limit}."
-            )
-        if length < 2 * options.greedy_tokens:
-            raise UserError(
-                f"A prompt of {length} tokens is too short for a continuation of {options.greedy_tokens}; use longer prompts or --greedy-tokens {length // 2}."
-            )
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -161,6 +153,28 @@ def run_check(
         write_report(result, stage / "check.npz", stage)
         _write_polygraphy(stage, output, full, subjects, feed(inputs, sets[0][0].ids[None]))
     return result
+
+
+def refuse_early(folder: Path, options: CheckOptions) -> None:
+    """What can be told from a checkpoint's or an export's folder before anything runs.
+
+    Raises:
+        UserError: no tokenizer, or prompts that the model cannot take.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"{folder} holds no tokenizer (tokenizer.json), which check needs for real prompts; give its folder with --tokenizer."
+        )
+    limit = _config(folder).get("max_position_embeddings")
+    for length in options.lengths:
+        if limit and length > limit:
+            raise UserError(
+                f"A prompt of {length} tokens is longer than the model's limit of {limit} (max_position_embeddings in {folder / 'config.json'}); ask for at most {limit}."
+            )
+        if length < 2 * options.greedy_tokens:
+            raise UserError(
+                f"A prompt of {length} tokens is too short for a continuation of {options.greedy_tokens}; use longer prompts or --greedy-tokens {length // 2}."
+            )
 
 
 def _earlier_check(folder: Path) -> set[str] | None:
@@ -232,10 +246,6 @@ def _dtype(model: Path) -> str:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise UserError(
-            f"{folder} holds no tokenizer (tokenizer.json), which check needs for real prompts; give its folder with --tokenizer."
-        )
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from sa_export.cli.common import (
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from graph_passes.config import Config, write_config
     from graph_passes.op import Policy
     from graph_passes.pipeline import inspect, rewrite
-    from sa_export.check.run import Subject, run_check
+    from sa_export.check.run import Subject, refuse_early, run_check
     from sa_export.cli.export import export, summary
     from sa_export.cli.rewrite import configuration
     from sa_export.report import text_table
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     config = configuration(args)
     if args.logits != "all" and not args.no_check:
         raise UserError("--logits last leaves nothing to check but the last token; add --no-check, or export with --logits all.")
+    if not args.no_check and Path(args.model).is_dir():  # minutes before the check itself would say so
+        refuse_early(args.tokenizer or Path(args.model), options)
     progress = progress_bar(args)
     exported = export(args, args.output, progress, may_replace=_OWN_FILES)
     folder, model = exported.folder, exported.model_path
@@ -56,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
     progress("find attention sites", None)
     found = inspect(model)
-    write_config(folder / "attention.yaml", found.sites, config.defaults, declined=found.declined)
+    overrides = {entry.id: {**entry.overrides, **({"skip": True} if entry.skip else {})} for entry in config.entries}
+    write_config(folder / "attention.yaml", found.sites, config.defaults, declined=found.declined, overrides=overrides)
     report = rewrite(model, folder / "model.sa.onnx", config)
     if not report.ok:
         raise GateError(f"no attention site was rewritten:\n{report.as_text()}")
@@ -72,7 +76,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     declined = [{"id": d.id, "node": d.node, "reason": d.reason} for d in found.declined]
-    result = run_check(model, subjects, folder / "check", options, declined=declined, command=args.command, progress=progress)
+    result = run_check(
+        model,
+        subjects,
+        folder / "check",
+        options,
+        tokenizer_folder=args.tokenizer,
+        declined=declined,
+        command=args.command,
+        progress=progress,
+    )
     text += ["", text_table(result), f"report: {folder / 'check' / 'report.html'}"]
     emit(args, "\n".join(text), {"folder": str(folder), "rewrite": report.as_dict(), "check": result.to_dict()})
     if not result.ok:

@@ -287,6 +287,32 @@ def test_sliding_windows_and_sinks_stay_dense(capsys: pytest.CaptureFixture[str]
     )
 
 
+def test_convert_refuses_before_it_exports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "8704" in refused(capsys, "convert", "--model", SAMPLE, "-o", tmp_path / "out", "--lengths", 20000)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(SAMPLE / "config.json", bare)
+    assert "tokenizer" in refused(capsys, "convert", "--model", bare, "-o", tmp_path / "out", "--random-weights")
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_keeps_the_overrides_of_its_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    yaml = tmp_path / "attention.yaml"
+    yaml.write_text("version: 1\ndefaults:\n  alpha: 0.8\nsites:\n  - id: layers.1\n    policy: dense\n  - id: layers.2\n    skip: true\n")
+    command = ["convert", "--model", SAMPLE, "--dtype", "fp32", "-o", tmp_path / "out", "--no-verify", "--no-check", "--config", yaml]
+    status, _, err = run(capsys, *command)
+    assert status == 0, err
+    from graph_passes.config import load_config
+
+    config = load_config(tmp_path / "out" / "attention.yaml")
+    assert config.defaults.alpha == (0.8,)
+    entries = {e.id: e for e in config.entries}
+    assert entries["layers.1"].overrides["policy"] == "dense"
+    assert entries["layers.2"].skip
+    sites = json.loads((tmp_path / "out" / "rewrite.json").read_text())["sites"]
+    assert [s["status"] for s in sites].count("rewritten") == 5
+
+
 def test_a_prompt_longer_than_the_model(capsys: pytest.CaptureFixture[str], converted: Converted, tmp_path: Path) -> None:
     line = refused(capsys, "check", converted.full, converted.rewritten, "-o", tmp_path / "check", "--lengths", 9000)
     assert "8704" in line
