@@ -45,22 +45,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     found = examine()
     lines = [
-        f"{'':4}{'system':<22}{found['system']}",
-        f"{'':4}{'python':<22}{found['python']}",
-        f"{'':4}{'GPU':<22}{found['gpu'] or 'none found'}",
+        f"{'':4}{'system':<34}{found['system']}",
+        f"{'':4}{'python':<34}{found['python']}",
+        f"{'':4}{'GPU':<34}{found['gpu'] or 'none found'}",
     ]
     for name, entry in found["packages"].items():
         mark = "ok" if entry["version"] else ("!!" if entry["required"] else "--")
         lines.append(
-            f"{mark:<4}{name:<22}{entry['version'] or 'missing'}" + ("" if entry["version"] else f"  for {entry['for']}: {entry['get']}")
+            f"{mark:<4}{name:<34}{entry['version'] or 'missing'}" + ("" if entry["version"] else f"  for {entry['for']}: {entry['get']}")
         )
     for name, entry in found["programs"].items():
         lines.append(
-            f"{'ok' if entry['path'] else '--':<4}{name:<22}{entry['path'] or 'missing'}" + ("" if entry["path"] else f"  {entry['note']}")
+            f"{'ok' if entry['path'] else '--':<4}{name:<34}{entry['path'] or 'missing'}" + ("" if entry["path"] else f"  {entry['note']}")
         )
     for name, path in found["libraries"].items():
         lines.append(
-            f"{'ok' if path else '--':<4}{name:<22}{path or 'not built: ONNX Runtime runs the op as standard operators (slow, exact)'}"
+            f"{'ok' if path else '--':<4}{name:<34}{path or 'not built: ONNX Runtime runs the op as standard operators (slow, exact)'}"
         )
     missing = [n for n, e in found["packages"].items() if e["required"] and not e["version"]]
     lines.append("")
