@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sa_export.errors import UserError
+from sa_export.hf.quiet import sentence_of
 
 __all__ = ["DecoderInputs", "feed", "greedy", "open_session", "split_outputs"]
 
@@ -84,7 +85,7 @@ def open_session(model: Path | bytes, folder: Path | None = None) -> Any:
         return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         what = "the model" if isinstance(model, bytes) else model
-        raise UserError(f"ONNX Runtime does not load {what}: {str(error).splitlines()[0][:300]}") from None
+        raise UserError(f"ONNX Runtime does not load {what}: {sentence_of(error)[:300]}") from None
 
 
 def feed(

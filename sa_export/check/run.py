@@ -9,7 +9,6 @@ import platform
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,13 @@ from sa_export.check.quality import Thresholds, measure
 from sa_export.check.result import Candidate, CheckResult, HeadMap, LengthResult
 from sa_export.errors import UserError
 from sa_export.files import check_replaceable, staged_folder
+from sa_export.hf.quiet import sentence_of
+from sa_export.versions import versions
 
-__all__ = ["CheckOptions", "Subject", "refuse_early", "run_check", "versions"]
+__all__ = ["CheckOptions", "Subject", "refuse_early", "run_check"]
 
 _EXACT_LENGTH = 200
+_PACKAGES = ("sa-export", "torch", "transformers", "onnx", "onnxruntime", "onnx-graphsurgeon", "polygraphy", "numpy")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -143,7 +145,7 @@ def run_check(
                 Candidate(s.name, str(s.model), _settings(s.model), exact[i], rows[i], maps[i], s.gated) for i, s in enumerate(subjects)
             ],
             declined=list(declined),
-            versions=versions(),
+            versions=versions(_PACKAGES),
             machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
             command=command,
             seed=options.seed,
@@ -182,16 +184,6 @@ def _earlier_check(folder: Path) -> set[str] | None:
         return None
     pictures = {p.name for p in folder.glob("*.png")}
     return {"check.json", "check.npz", "inputs.json", "polygraphy.sh", "report.html", "full_outputs.json", *pictures}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes here."""
-    names = ("sa-export", "torch", "transformers", "onnx", "onnxruntime", "onnx-graphsurgeon", "polygraphy", "numpy")
-    out = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            out[name] = metadata.version(name)
-    return out
 
 
 def _write_polygraphy(stage: Path, output: Path, full: Path, subjects: Sequence[Subject], values: dict[str, np.ndarray]) -> None:
@@ -250,7 +242,7 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
         raise UserError(
-            f"The tokenizer in {folder} does not load ({str(error).splitlines()[0][:200]}); give another with --tokenizer."
+            f"The tokenizer in {folder} does not load ({sentence_of(error).rstrip('.')[:200]}); give another with --tokenizer."
         ) from None
 
 

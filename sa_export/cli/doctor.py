@@ -7,11 +7,12 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Any
 
 from sa_export.cli.common import add_report_arguments, emit
+from sa_export.versions import installed
 
 # What is needed for what: package -> (purpose, how to get it).
 _REQUIRED = {
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def examine() -> dict[str, Any]:
     """Everything that `doctor` shows, as plain values."""
     packages = {
-        name: {"version": _version(name), "required": required, "for": purpose, "get": get}
+        name: {"version": installed(name), "required": required, "for": purpose, "get": get}
         for required, table in ((True, _REQUIRED), (False, _OPTIONAL))
         for name, (purpose, get) in table.items()
     }
@@ -84,13 +85,6 @@ def examine() -> dict[str, Any]:
         "programs": {name: {"path": shutil.which(name), "note": note} for name, note in _PROGRAMS.items()},
         "libraries": {name: _library(name) for name in ("libsample_attention_kernels.so", "libsample_attention_trt.so")},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _gpu() -> str | None:

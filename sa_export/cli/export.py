@@ -22,16 +22,13 @@ def run(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace, output: Path, progress: Any, may_replace: tuple[str, ...] = ()) -> Any:
     """Loads and exports what the model arguments name; also the first step of `convert`."""
-    from sa_export.hf.export import OPSETS, export_onnx
+    from sa_export.hf.export import check_options, export_onnx
     from sa_export.hf.folder import check_replaceable
     from sa_export.hf.load import load_checkpoint
 
     # Refused before minutes are spent on loading.
     check_replaceable(Path(output).expanduser().absolute(), force=args.force, may_replace=may_replace)
-    if args.opset not in OPSETS:
-        from sa_export.errors import UserError
-
-        raise UserError(f"--opset is {args.opset}; allowed is {OPSETS[0]} to {OPSETS[-1]}.")
+    check_options(args.opset, args.attention, args.logits)
     checkpoint = load_checkpoint(
         args.model,
         dtype=args.dtype,

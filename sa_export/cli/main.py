@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -48,12 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.version:
-        from importlib.metadata import PackageNotFoundError, version
+        from sa_export.versions import installed
 
-        try:
-            print(f"sa-export {version('sa-export')}")
-        except PackageNotFoundError:
-            print("sa-export (not installed)")
+        print(f"sa-export {installed('sa-export') or '(not installed)'}")
         return 0
     if args.verb is None:
         parser.print_help(sys.stderr)
@@ -62,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from graph_passes.errors import GraphError
     from sa_export.errors import GateError, UserError
 
-    args.command = "sa-export " + " ".join(_quote(a) for a in arguments)
+    args.command = shlex.join(["sa-export", *arguments])
     try:
         return int(args.run(args))
     except (UserError, GraphError) as error:
@@ -84,12 +82,6 @@ def _hyphens(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value
-
-
-def _quote(argument: str) -> str:
-    import shlex
-
-    return shlex.quote(argument)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from sa_export.hf.quiet import quiet_libraries
 from sa_export.hf.step import LOGITS, TensorSpec, input_specs, output_specs, probe
 from sa_export.hf.trace import ATTENTIONS, DATA_FILE, MODEL_FILE, attention_implementation, release, trace, traceable_experts, write
 from sa_export.hf.verify import Verification, verify_export
+from sa_export.versions import versions
 
 OPSETS = range(18, 25)
 """Opset versions that can be asked for."""
@@ -112,7 +111,7 @@ def export_onnx(
         UserError: wrong arguments, a model that cannot be exported or differs once exported, an output folder that may not be replaced,
             no space. `output` is then what it was before.
     """
-    _check_options(opset, attention, logits)
+    check_options(opset, attention, logits)
     output = Path(output).expanduser().absolute()
     check_replaceable(output, force=force, may_replace=may_replace)
     model = checkpoint.model
@@ -165,7 +164,8 @@ def export_onnx(
     return result
 
 
-def _check_options(opset: int, attention: str, logits: str) -> None:
+def check_options(opset: int, attention: str, logits: str) -> None:
+    """Raises UserError for arguments that `export_onnx` does not take."""
     if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
         raise UserError(f"opset is {opset!r}; allowed is {OPSETS[0]} to {OPSETS[-1]}.")
     for name, value, allowed in (("attention", attention, ATTENTIONS), ("logits", logits, LOGITS)):
@@ -204,7 +204,6 @@ def _copy_sidecars(checkpoint: Checkpoint, stage: Path) -> None:
 
 def _write_manifest(stage: Path, checkpoint: Checkpoint, result: ExportResult) -> None:
     files = sorted(str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file())
-    versions = {name: _version(name) for name in _PACKAGES}
     manifest = {
         "format": FORMAT,
         "files": [*files, MANIFEST],
@@ -224,13 +223,6 @@ def _write_manifest(stage: Path, checkpoint: Checkpoint, result: ExportResult) -
         "outputs": [asdict(spec) for spec in result.outputs],
         "verification": result.verification.as_dict() if result.verification else None,
         "notes": list(result.notes),
-        "versions": {"python": platform.python_version(), **{name: v for name, v in versions.items() if v}},
+        "versions": versions(_PACKAGES),
     }
     (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

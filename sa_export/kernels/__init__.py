@@ -3,7 +3,7 @@
 The library is libsample_attention_kernels.so of `plugins/`; `SA_EXPORT_KERNELS` names another file.
 """
 
-from sa_export.kernels.library import Problem, find_library
+from sa_export.kernels.native import Problem, find_library
 from sa_export.kernels.ops import (
     Call,
     Lists,

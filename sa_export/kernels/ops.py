@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from graph_passes.op import Policy
 from sa_export.errors import UserError
-from sa_export.kernels.library import BlockLists, PrefillParams, Problem, Tensor, load, message_of
+from sa_export.kernels.native import BlockLists, PrefillParams, Problem, Tensor, load, message_of
 
 if TYPE_CHECKING:
     import torch

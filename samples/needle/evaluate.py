@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from graph_passes.op import Policy
+from sa_export.check.metrics import score as prompt_score
 from sa_export.check.prompts import Prompt, filler_text, make_prompts
 from sa_export.torch_attention import use_policies
 
@@ -44,12 +45,11 @@ def score(model: Any, prompts: list[Prompt]) -> tuple[int, np.ndarray, np.ndarra
     for prompt in prompts:
         ids = torch.from_numpy(prompt.ids)[None].to(model.device)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
-        best = logits.argmax(-1).cpu().numpy()
-        hits += sum(bool((best[a - 1 : b - 1] == prompt.ids[a:b]).all()) for a, b in prompt.answers)
-        each = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none").cpu().numpy()
-        length = len(prompt.ids)
-        losses.append(each[prompt.text[1:] & (np.arange(1, length) >= length // 2)].mean())
-        best_all.append(best[length // 2 :])
+        logits = logits.cpu().numpy()
+        figures = prompt_score(logits, prompt)
+        hits += figures.recalled
+        losses.append(figures.loss)
+        best_all.append(logits.argmax(-1)[len(prompt.ids) // 2 :])
     return hits, np.asarray(losses), np.stack(best_all)
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from sa_export.check.metrics import score
 from sa_export.check.prompts import WORDS, filler_text, held_out, make_prompts, needle_text, question_text, standard_library_files
 
 VOCABULARY = 4096
@@ -167,12 +168,10 @@ def recall(
         ids = torch.from_numpy(prompt.ids)[None].cuda()
         with torch.autocast("cuda", torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        best = logits.argmax(-1).cpu().numpy()
-        hits += sum(bool((best[a - 1 : b - 1] == prompt.ids[a:b]).all()) for a, b in prompt.answers)
+        figures = score(logits.cpu().numpy(), prompt)
+        hits += figures.recalled
         asked += len(prompt.answers)
-        each = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none").cpu().numpy()
-        chosen = prompt.text[1:] & (np.arange(1, length) >= length // 2)
-        losses.append(each[chosen].mean())
+        losses.append(figures.loss)
     return {"length": length, "needles": asked, "recalled": hits, "loss": float(np.mean(losses))}
 
 

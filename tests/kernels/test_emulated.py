@@ -16,9 +16,9 @@ import pytest
 
 from graph_passes.op import Policy
 from graph_passes.reference import select
-from sa_export.kernels import library as door
 from sa_export.kernels import make_problem
-from sa_export.kernels.library import BlockLists, PrefillParams, Tensor
+from sa_export.kernels import native as door
+from sa_export.kernels.native import BlockLists, PrefillParams, Tensor
 from tests.kernels.emulator.build import build, cuda_include, cutlass_include
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from graph_passes.op import Policy
 from sa_export.errors import UserError
 from sa_export.kernels import find_library, is_full, make_problem, supports, workspace_bytes
-from sa_export.kernels import library as door
+from sa_export.kernels import native as door
 
 ROOT = Path(__file__).resolve().parents[2]
 SPARSE = Policy(policy="residue", stride=16, min_length=0)
