@@ -18,12 +18,15 @@ import onnx
 
 from graph_passes.errors import GraphError
 
-__all__ = ["WEIGHTS", "ExternalTensor", "external_tensors", "place", "verify"]
+__all__ = ["PENDING", "WEIGHTS", "ExternalTensor", "bring", "can_clone", "external_tensors", "is_pending", "place", "verify"]
 
 WEIGHTS = ("share", "copy", "hardlink")
 """How a model written to another folder gets its weights. `share`: the file itself where the new folder reaches it, else a
 copy-on-write clone that takes no space where the file system can make one, else a refusal. `hardlink`: the ONNX checker then
 refuses both models, ONNX Runtime runs them."""
+
+PENDING = "sample_attention.weights_pending"
+"""Key of a model's metadata that says that its weights are attached later: their files need not exist yet."""
 
 _FICLONE = 0x40049409  # <linux/fs.h>
 
@@ -62,8 +65,13 @@ def external_tensors(model: onnx.ModelProto) -> Iterator[ExternalTensor]:
         yield ExternalTensor(tensor, entries["location"], offset, max(length, needed))
 
 
+def is_pending(model: onnx.ModelProto) -> bool:
+    """Whether the model waits for its weights (`PENDING`)."""
+    return any(p.key == PENDING for p in model.metadata_props)
+
+
 def verify(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
-    """Checks that every external file exists and is long enough, without reading it.
+    """Checks that every external file exists and is long enough, without reading it; nothing is asked of a pending model.
 
     Args:
         model: a model whose external data are not loaded.
@@ -75,6 +83,8 @@ def verify(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
     Raises:
         GraphError: a file is missing, too short, or lies where ONNX does not allow it.
     """
+    if is_pending(model):
+        return {}
     ends: dict[str, tuple[int, str]] = {}
     for item in external_tensors(model):
         end = item.offset + item.length
@@ -118,6 +128,10 @@ def place(model: onnx.ModelProto, source: Path, target: Path, weights: str = "sh
     items = list(external_tensors(model))
     if target.resolve() == source.resolve():
         return []
+    if is_pending(model):
+        raise GraphError(
+            f"The model in {source} has no weights yet; write the output into the same folder, so that weights can be attached to both."
+        )
     made: list[Path] = []
     try:
         for location in dict.fromkeys(item.location for item in items):
@@ -137,7 +151,7 @@ def place(model: onnx.ModelProto, source: Path, target: Path, weights: str = "sh
                 )
             new.parent.mkdir(parents=True, exist_ok=True)
             made.append(new)
-            _PLACE[weights](file, new)
+            bring(file, new, {"share": "clone"}.get(weights, weights))
     except BaseException:
         for new in made:
             new.unlink(missing_ok=True)
@@ -145,11 +159,36 @@ def place(model: onnx.ModelProto, source: Path, target: Path, weights: str = "sh
     return made
 
 
+def bring(file: Path, new: Path, how: str) -> None:
+    """Makes the file appear as `new`: a "clone", a "copy" or a "hardlink".
+
+    Raises:
+        GraphError: the file system cannot, or there is no space.
+    """
+    _BRING[how](file, new)
+
+
+def can_clone(file: Path, folder: Path) -> bool:
+    """Whether `folder` can hold a copy-on-write clone of the file."""
+    probe = folder / f".{file.name}.{os.getpid()}.clone"
+    try:
+        _share_blocks(file, probe)
+    except OSError:
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+    return True
+
+
+def _share_blocks(file: Path, new: Path) -> None:
+    with file.open("rb") as source, new.open("wb") as target:
+        fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+
+
 def _clone(file: Path, new: Path) -> None:
     """A copy-on-write clone: the blocks are shared by the file system, no byte is copied."""
     try:
-        with file.open("rb") as source, new.open("wb") as target:
-            fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+        _share_blocks(file, new)
     except OSError:
         new.unlink(missing_ok=True)
         raise GraphError(
@@ -181,7 +220,7 @@ def _hardlink(file: Path, new: Path) -> None:
         ) from None
 
 
-_PLACE = {"share": _clone, "copy": _copy, "hardlink": _hardlink}
+_BRING = {"clone": _clone, "copy": _copy, "hardlink": _hardlink}
 
 
 def _relocate(tensor: onnx.TensorProto, location: str) -> None:

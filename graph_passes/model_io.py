@@ -14,7 +14,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from graph_passes import external_data, op
 from graph_passes.errors import GraphError
 
-__all__ = ["check_structure", "export_graph", "import_graph", "load", "write", "write_bytes", "write_text"]
+__all__ = ["check_structure", "drop_import", "export_graph", "import_graph", "load", "write", "write_bytes", "write_text"]
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -63,6 +63,10 @@ def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
     Graph inputs and outputs are the original's to the letter; functions, metadata, documentation and overloads of surviving
     nodes are restored.
     """
+    for gs_node in graph.nodes:
+        # graphsurgeon cannot tell the type of an empty list; the original can.
+        for name in [k for k, v in gs_node.attrs.items() if isinstance(v, list) and not v]:
+            del gs_node.attrs[name]
     with G_LOGGER.suppress():
         model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = original.ir_version
@@ -86,29 +90,52 @@ def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
             if twin.overload:
                 node.overload = twin.overload
             node.metadata_props.extend(twin.metadata_props)
+            present = {a.name for a in node.attribute}
+            node.attribute.extend(a for a in twin.attribute if a.name not in present and not onnx.helper.get_attribute_value(a))
     new.ClearField("value_info")
     new.value_info.extend(v for v in old.value_info if v.name in made)
     return model
 
 
+def drop_import(model: onnx.ModelProto, domain: str) -> None:
+    """Drops the import of a domain that no node of the model, subgraphs included, is of any more."""
+
+    def uses(graph: onnx.GraphProto) -> bool:
+        inner = (g for n in graph.node for a in n.attribute for g in (*a.graphs, *([a.g] if a.HasField("g") else [])))
+        return any(n.domain == domain for n in graph.node) or any(uses(g) for g in inner)
+
+    if not uses(model.graph):
+        kept = [o for o in model.opset_import if o.domain != domain]
+        del model.opset_import[:]
+        model.opset_import.extend(kept)
+
+
 def check_structure(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
-    """ONNX's checker on everything but the weights.
+    """ONNX's checker on everything but the weights, and but operators that the original has in the standard domain without ONNX
+    knowing them (ONNX Runtime's `SimplifiedLayerNormalization`, for example, which its optimiser puts there).
 
     Raises:
         GraphError: the checker refuses the model, or refused the original already.
     """
-    found = _complaint(model)
+    foreign = frozenset(n.op_type for n in original.graph.node if n.domain in ("", "ai.onnx") and not onnx.defs.has(n.op_type))
+    found = _complaint(model, foreign)
     if found is not None:
-        inherited = _complaint(original)
+        inherited = _complaint(original, foreign)
         if inherited is not None:
             raise GraphError(f"The model does not pass ONNX's checker as it is: {inherited}; export it again.")
         raise GraphError(f"The rewritten graph does not pass ONNX's checker: {found}")
 
 
-def _complaint(model: onnx.ModelProto) -> str | None:
-    """What the checker says, an external initializer standing in as a graph input, so that no file is looked at."""
+def _complaint(model: onnx.ModelProto, foreign: frozenset[str] = frozenset()) -> str | None:
+    """What the checker says, an external initializer standing in as a graph input, so that no file is looked at, and foreign
+    operators in a domain of their own."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
+    for node in bare.graph.node:
+        if node.op_type in foreign and node.domain in ("", "ai.onnx"):
+            node.domain = "foreign"
+    if foreign:
+        bare.opset_import.append(onnx.helper.make_opsetid("foreign", 1))
     kept = [t for t in bare.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     known = {i.name for i in bare.graph.input}
     for t in bare.graph.initializer:

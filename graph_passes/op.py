@@ -84,10 +84,10 @@ class Policy:
     `GraphError` with one sentence.
     """
 
-    policy: str = "tile"
+    policy: str = "residue"
     alpha: tuple[float, ...] = (0.75,)
     alpha_slash: tuple[float, ...] = (0.95,)
-    stride: int = 8
+    stride: int = 16
     sample_rows: int = 64
     value_weight: int = 1
     segment: int = 2048
@@ -97,7 +97,7 @@ class Policy:
     block_k: int = 64
     window: int = 0
     sink: int = 64
-    dense_rows: int = 128
+    dense_rows: int = 512
     min_length: int = 4096
 
     _where: str = field(default="", repr=False, compare=False)

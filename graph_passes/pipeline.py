@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-import onnx_graphsurgeon as gs
 
-from graph_passes import external_data, model_io
+from graph_passes import external_data, in_memory, model_io, opset
 from graph_passes.config import Config, load_config
 from graph_passes.errors import GraphError
-from graph_passes.passes.remove_dead_nodes import remove_dead_nodes
-from graph_passes.passes.replace_sites import replace_sites
-from graph_passes.passes.reroute_shapes import reroute_shapes
-from graph_passes.patterns.find import find
+from graph_passes.op import Policy
+from graph_passes.passes.expand import MICROSOFT
 from graph_passes.report import InspectReport, RewriteReport
-from graph_passes.symbolic.graph import SymbolicGraph
 
 __all__ = ["inspect", "rewrite"]
 
@@ -26,14 +23,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Opened:
+    """A model, raised to an opset that has bodies unless `not_raised` says why it cannot be, and what was found in it."""
+
     model: onnx.ModelProto
-    graph: gs.Graph
-    symbolic: SymbolicGraph
+    not_raised: GraphError | None
+    found: in_memory.Examined
     report: InspectReport
 
 
 def inspect(path: str | Path) -> InspectReport:
-    """Lists every attention of a model. Weights are not read.
+    """Lists every attention of a model. Weights are not read. Opsets 11 to 17 are looked at as `opset` raises them.
 
     Args:
         path: an ONNX model.
@@ -52,8 +51,11 @@ def rewrite(
     force: bool = False,
     allow_no_match: bool = False,
     weights: str = "share",
+    standard: bool = False,
 ) -> RewriteReport:
     """Replaces each attention site of a model by one `SampleAttention` node. Weights are neither read nor copied unless asked.
+
+    A model of opset 11 to 17 is raised to 18 on the way, or refused where it would not compute the same.
 
     Args:
         path: an ONNX model.
@@ -62,6 +64,7 @@ def rewrite(
         force: replace an existing file.
         allow_no_match: write the model even when no site is rewritten.
         weights: how the new model reaches its external weights from another folder, see `external_data.WEIGHTS`.
+        standard: write the other operators of ONNX Runtime (`com.microsoft`) as standard ones too, where a rule for them exists.
 
     Returns:
         The report; `report.ok` is false when no site was rewritten, and then nothing is written without `allow_no_match`.
@@ -79,7 +82,9 @@ def rewrite(
     report = RewriteReport(opened.report, policies, skipped, nodes_before=opened.report.nodes, nodes_after=opened.report.nodes)
     if not policies and not allow_no_match:
         return report
-    model = _rewritten(opened, policies) if policies else opened.model
+    if opened.not_raised is not None and policies:
+        raise opened.not_raised
+    model = _rewritten(opened, policies, standard) if policies or standard else model_io.load(path)
     model_io.check_structure(model, opened.model)
     made = external_data.place(model, path.parent, out.parent, weights)
     try:
@@ -89,25 +94,29 @@ def rewrite(
             file.unlink(missing_ok=True)
         raise
     locations = tuple(dict.fromkeys(item.location for item in external_data.external_tensors(model)))
-    return RewriteReport(opened.report, policies, skipped, out, locations, opened.report.nodes, len(model.graph.node))
+    return RewriteReport(
+        opened.report, policies, skipped, out, locations, opened.report.nodes, len(model.graph.node), opset.opset_of(model)
+    )
 
 
 def _open(path: Path) -> _Opened:
     model = model_io.load(path)
+    version, nodes, not_raised = opset.opset_of(model), len(model.graph.node), None
+    try:
+        opset.raise_opset(model)
+    except GraphError as error:
+        not_raised = error
     graph = model_io.import_graph(model)
-    symbolic = SymbolicGraph(graph, path.parent)
-    sites, declined = find(symbolic, model.functions)
-    return _Opened(model, graph, symbolic, InspectReport(path, graph.opset, len(graph.nodes), tuple(sites), tuple(declined)))
+    found = in_memory.examine(graph, path.parent, model.functions)
+    return _Opened(model, not_raised, found, InspectReport(path, version, nodes, found.sites, found.declined, str(not_raised or "")))
 
 
-def _rewritten(opened: _Opened, policies: dict) -> onnx.ModelProto:
+def _rewritten(opened: _Opened, policies: Mapping[str, Policy], standard: bool) -> onnx.ModelProto:
     from graph_passes import body
 
-    chosen = [s for s in opened.report.sites if s.id in policies]
-    reroute_shapes(opened.graph, opened.symbolic, chosen)
-    replace_sites(opened.graph, chosen, policies)
-    remove_dead_nodes(opened.graph)
-    model = model_io.export_graph(opened.graph, opened.model)
+    in_memory.replace(opened.found, policies, standard=standard)
+    model = model_io.export_graph(opened.found.graph, opened.model)
+    model_io.drop_import(model, MICROSOFT)
     body.attach(model)
     return model
 

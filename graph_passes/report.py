@@ -25,6 +25,7 @@ class InspectReport:
         nodes: number of nodes of its graph.
         sites: attentions that can be rewritten, in graph order.
         declined: the other candidates, in graph order.
+        remark: why none of the sites can be rewritten all the same; usually "".
     """
 
     model: Path
@@ -32,6 +33,7 @@ class InspectReport:
     nodes: int
     sites: tuple[AttentionSite, ...]
     declined: tuple[DeclinedSite, ...]
+    remark: str = ""
 
     @property
     def ok(self) -> bool:
@@ -45,6 +47,7 @@ class InspectReport:
             "nodes": self.nodes,
             "sites": [s.as_dict() for s in self.sites],
             "declined": [d.as_dict() for d in self.declined],
+            "remark": self.remark,
         }
 
     def as_json(self) -> str:
@@ -63,7 +66,8 @@ class InspectReport:
             for s in self.sites:
                 lines += ["", f"{s.id}:", *(f"  {e}" for e in s.evidence)]
                 lines += textwrap.wrap("stands for: " + ", ".join(s.consumed), 110, initial_indent="  ", subsequent_indent="    ")
-        return "\n".join(lines + _declined_lines(self.declined)) + "\n"
+        remark = ["", f"  rewrite refuses: {self.remark}"] if self.remark else []
+        return "\n".join(lines + _declined_lines(self.declined) + remark) + "\n"
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class RewriteReport:
         output: the new model; None when nothing was written.
         weights: external files that the new model reads, relative to its folder.
         nodes_before, nodes_after: number of nodes of the graph.
+        opset_after: of the new model, 0 when nothing was written.
     """
 
     inspection: InspectReport
@@ -86,6 +91,7 @@ class RewriteReport:
     weights: tuple[str, ...] = ()
     nodes_before: int = 0
     nodes_after: int = 0
+    opset_after: int = 0
 
     @property
     def rewritten(self) -> int:
@@ -107,6 +113,7 @@ class RewriteReport:
             "output": None if self.output is None else str(self.output),
             "weights": list(self.weights),
             "opset": self.inspection.opset,
+            "opset_after": self.opset_after,
             "nodes_before": self.nodes_before,
             "nodes_after": self.nodes_after,
             "rewritten": self.rewritten,
@@ -125,9 +132,10 @@ class RewriteReport:
         lines += _site_table([(s, _settings(self.policies.get(s.id))) for s in self.inspection.sites])
         lines += _declined_lines(self.inspection.declined)
         if self.output is not None:
+            raised = f"; opset {self.inspection.opset} raised to {self.opset_after}" if self.opset_after != self.inspection.opset else ""
             lines += [
                 "",
-                f"{self.output} ({self.nodes_before} -> {self.nodes_after} nodes"
+                f"{self.output} ({self.nodes_before} -> {self.nodes_after} nodes{raised}"
                 + (f"; weights in {', '.join(self.weights)})" if self.weights else ")"),
             ]
         return "\n".join(lines) + "\n"

@@ -82,7 +82,7 @@ class AttentionSite:
         node: name of the node that the site was found from.
         pattern: the shape family that it was found as.
         query, key, value: what the new node reads.
-        output: name of the tensor that the new node makes, [B, Hq, S, Dv].
+        output: name of the tensor that the new node makes, [B, Hq, S, Dv] unless `lead` says otherwise.
         mask: what was proved about the mask.
         heads, kv_heads, head_size, value_size: Hq, Hkv, D, Dv.
         scale: factor of the scores before softmax, all factors of the graph multiplied.
@@ -91,6 +91,8 @@ class AttentionSite:
         consumed: names of the nodes that the new node stands for.
         between: names of the tensors between what the new node reads and what it makes.
         evidence: what was proved, in sentences.
+        lead: where the output holds batch and heads in other axes than two: their lengths as a Reshape takes them.
+        cast: ONNX element type of the output, where it is wider than that of the queries, keys and values.
         attributes: for a node that is `SampleAttention` already, what it carries.
     """
 
@@ -112,6 +114,8 @@ class AttentionSite:
     consumed: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
+    lead: tuple[int, ...] = ()
+    cast: int | None = None
     attributes: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -156,4 +160,5 @@ def label(node: gs.Node | None) -> str:
     """A name for a node in reports: its operator and name, or its first output when it has no name."""
     if node is None:
         return ""
-    return f"{node.op} {node.name or '-> ' + (node.outputs[0].name if node.outputs else '?')}"
+    stands_for: str = getattr(node, "stands_for", "")  # set on the parts of an operator that was taken apart
+    return stands_for or f"{node.op} {node.name or '-> ' + (node.outputs[0].name if node.outputs else '?')}"

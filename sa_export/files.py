@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sa_export.errors import UserError
 
-__all__ = ["Owner", "check_replaceable", "check_space", "staged_folder"]
+__all__ = ["Owner", "check_replaceable", "check_space", "staged_files", "staged_folder"]
 
 Owner = Callable[[Path], set[str] | None]
 """Names of a folder's entries that an earlier output of the tool put there; None when the folder is not the tool's."""
@@ -56,6 +56,44 @@ def staged_folder(output: Path, *, force: bool, owner: Owner, may_replace: Seque
         if not done:
             if stage is not None:
                 shutil.rmtree(stage, ignore_errors=True)
+            for folder in made:
+                folder.rmdir()
+
+
+@contextmanager
+def staged_files(outputs: Sequence[Path], *, force: bool) -> Iterator[list[Path]]:
+    """New files in one folder, each to be written under another name; they take their places when the block ends without an exception.
+
+    Args:
+        outputs: the files to make, in one folder. They may exist when `force` is given.
+
+    Yields:
+        where to write each of them.
+
+    Raises:
+        UserError: a file is in the way, the folder cannot be written, or the disk is full. Nothing of this call is left behind then.
+    """
+    outputs = [Path(os.path.abspath(path.expanduser())) for path in outputs]
+    for path in outputs:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give the path of a file.")
+        if path.exists() and not force:
+            raise UserError(f"{path} exists; choose another name, or replace it with --force.")
+    made = _make_parents(outputs[0].parent)
+    stage: Path | None = None
+    done = False
+    try:
+        stage = Path(tempfile.mkdtemp(prefix=f".{outputs[0].name}.", suffix=".partial", dir=outputs[0].parent))
+        yield [stage / path.name for path in outputs]
+        for path in outputs:
+            (stage / path.name).replace(path)
+        done = True
+    except OSError as error:
+        raise UserError(_os_sentence(error, outputs[0])) from error
+    finally:
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+        if not done:
             for folder in made:
                 folder.rmdir()
 

@@ -8,6 +8,7 @@ import onnx
 
 from graph_passes import op
 from graph_passes.body.assembly import PROBE_OP_TYPE, PROBE_OUTPUTS, function, probe_function
+from graph_passes.body.guard import GUARD, guard
 from graph_passes.errors import GraphError
 
 __all__ = ["OPSETS", "attach"]
@@ -22,7 +23,7 @@ def attach(model: onnx.ModelProto) -> None:
     """Adds, in place, the function bodies that the model's nodes need; doing it again changes nothing.
 
     Every `SampleAttention` and `SampleAttentionProbe` node (in subgraphs too) gets its `overload`; the model gets each function once,
-    the import of the domain, and an IR version that knows overloads.
+    the import of the domain, and an IR version that knows overloads. A `guard` stands in front of the operator's bodies.
 
     Raises:
         GraphError: the model's opset is outside `OPSETS`, or a node does not fit the contract of `op`.
@@ -36,21 +37,26 @@ def attach(model: onnx.ModelProto) -> None:
             f"the model imports opset {opset}; SampleAttention bodies are written for opsets {OPSETS[0]} to {OPSETS[-1]}, "
             "so export the model (or convert it with onnx.version_converter) to one of these."
         )
-    functions = {}
+    bodies: dict[tuple[str, tuple[str, bool, bool, bool]], onnx.FunctionProto] = {}
     for node in nodes:
-        policy, has_mask, softcap, certificate = _variant_of(node)
-        if node.op_type == PROBE_OP_TYPE:
-            body = probe_function(policy, has_mask=has_mask, softcap=softcap, opset=opset)
-        else:
-            body = function(policy, has_mask=has_mask, softcap=softcap, certificate=certificate, opset=opset)
-        node.overload = body.overload
-        functions[body.name, body.overload] = body
-    kept = [f for f in model.functions if f.domain != op.DOMAIN or (f.name, f.overload) not in functions]
+        variant = _variant_of(node)
+        if (node.op_type, variant) not in bodies:
+            bodies[node.op_type, variant] = _body(node.op_type, *variant, opset)
+        node.overload = bodies[node.op_type, variant].overload
+    functions = {(body.name, body.overload): body for body in bodies.values()}
+    kept = [f for f in model.functions if f.domain != op.DOMAIN or (f.name, f.overload) not in {*functions, (op.OP_TYPE, GUARD)}]
+    twins = [f for f in (*kept, *functions.values()) if (f.domain, f.name) == (op.DOMAIN, op.OP_TYPE)]
     del model.functions[:]
-    model.functions.extend([*kept, *functions.values()])
+    model.functions.extend([*([guard(twins[0])] if twins else []), *kept, *functions.values()])
     if op.DOMAIN not in {o.domain for o in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(op.DOMAIN, op.VERSION))
     model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
+
+
+def _body(op_type: str, policy: str, has_mask: bool, softcap: bool, certificate: bool, opset: int) -> onnx.FunctionProto:
+    if op_type == PROBE_OP_TYPE:
+        return probe_function(policy, has_mask=has_mask, softcap=softcap, opset=opset)
+    return function(policy, has_mask=has_mask, softcap=softcap, certificate=certificate, opset=opset)
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

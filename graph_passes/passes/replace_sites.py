@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes import op
@@ -55,7 +56,11 @@ def replace_sites(graph: gs.Graph, sites: Sequence[AttentionSite], policies: Map
             if site.mask.keys is not None:
                 inputs.append(masks.tensor(site, site.mask.keys, new))
             old.outputs.clear()
-            new.append(gs.Node(op.OP_TYPE, names.new(f"{site.id}/{op.OP_TYPE}"), attributes, inputs, [output], domain=op.DOMAIN))
+            name = names.new(f"{site.id}/{op.OP_TYPE}")
+            made = gs.Variable(f"{name}_out") if site.lead or site.cast else output
+            new.append(gs.Node(op.OP_TYPE, name, attributes, inputs, [made], domain=op.DOMAIN))
+            if made is not output:
+                new += _as_expected(site, made, output, names)
         graph.nodes[position:position] = new
         done += 1
         logger.debug("%s: %s is now one %s node", site.id, site.node, op.OP_TYPE)
@@ -70,3 +75,25 @@ def _in_layout(site: AttentionSite, operand: Operand, tensors: dict[str, gs.Tens
     out = gs.Variable(f"{name}_out", dtype=tensor.dtype)
     new.append(gs.Node("Transpose", name, {"perm": list(operand.perm)}, [tensor], [out]))
     return out
+
+
+def _as_expected(site: AttentionSite, made: gs.Tensor, output: gs.Tensor, names: Names) -> list[gs.Node]:
+    """[B, Hq, S, Dv] with the element type, and with batch and heads in the axes, that the rest of the graph expects."""
+    new: list[gs.Node] = []
+    if site.cast:
+        cast = names.new(f"{site.id}/output/Cast")
+        wide = gs.Variable(f"{cast}_out") if site.lead else output
+        new.append(gs.Node("Cast", cast, {"to": site.cast}, [made], [wide]))
+        made = wide
+    if not site.lead:
+        return new
+    shape, concat, reshape = (names.new(f"{site.id}/output/{what}") for what in ("Shape", "Concat", "Reshape"))
+    last = gs.Variable(f"{shape}_out", dtype=np.dtype(np.int64))
+    lengths = gs.Variable(f"{concat}_out", dtype=np.dtype(np.int64))
+    lead = gs.Constant(names.new(f"{site.id}/output/lead"), np.array(site.lead, dtype=np.int64))
+    return [
+        *new,
+        gs.Node("Shape", shape, {"start": 2, "end": 4}, [made], [last]),
+        gs.Node("Concat", concat, {"axis": 0}, [lead, last], [lengths]),
+        gs.Node("Reshape", reshape, {}, [made, lengths], [output]),
+    ]

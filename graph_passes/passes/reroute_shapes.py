@@ -11,9 +11,9 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.passes.names import Names
 from graph_passes.site import AttentionSite
+from graph_passes.symbolic.arguments import shape_window
 from graph_passes.symbolic.graph import SymbolicGraph, is_standard
 from graph_passes.symbolic.poly import Poly
-from graph_passes.symbolic.shapes import shape_window
 
 __all__ = ["reroute_shapes"]
 

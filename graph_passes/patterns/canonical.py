@@ -10,9 +10,11 @@ from graph_passes import op
 from graph_passes.site import AttentionSite, KeyMask, Mask, Operand, Refusal, label
 from graph_passes.symbolic.graph import SymbolicGraph, inputs_of
 
-__all__ = ["PATTERN", "is_attention", "matches", "site"]
+__all__ = ["is_attention", "matches", "pattern", "site"]
 
-PATTERN = op.OP_TYPE
+
+def pattern(node: gs.Node) -> str:
+    return op.OP_TYPE
 
 
 def matches(node: gs.Node) -> bool:
@@ -47,7 +49,7 @@ def site(sg: SymbolicGraph, node: gs.Node, name: str) -> AttentionSite:
     return AttentionSite(
         id=name,
         node=node.name or node.outputs[0].name,
-        pattern=PATTERN,
+        pattern=op.OP_TYPE,
         query=Operand(query.name, heads),
         key=Operand(key.name, kv_heads),
         value=Operand(value.name, kv_heads),

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.patterns import attention_op, canonical, never_rewritten, softmax_core
+from graph_passes import op
+from graph_passes.patterns import canonical, fused, never_rewritten, softmax_core
 from graph_passes.site import AttentionSite, DeclinedSite, Refusal, label
 from graph_passes.symbolic.graph import MALFORMED, Stuck, SymbolicGraph
 
@@ -23,24 +24,20 @@ class Family:
     """One way in which graphs spell attention.
 
     Attributes:
-        pattern: its name in reports.
+        pattern: the name of a candidate's spelling in reports.
         matches: whether a node is a candidate.
         is_attention: whether a candidate is the core of an attention at all; others are listed, but not counted as layers.
         site: the site of a candidate, or `Refusal`.
     """
 
-    pattern: str
+    pattern: Callable[[gs.Node], str]
     matches: Callable[[gs.Node], bool]
     is_attention: Callable[[SymbolicGraph, gs.Node], bool]
     site: Callable[[SymbolicGraph, gs.Node, str], AttentionSite]
 
 
-FAMILIES: tuple[Family, ...] = (
-    Family(softmax_core.PATTERN, softmax_core.matches, softmax_core.is_attention, softmax_core.site),
-    Family(attention_op.PATTERN, attention_op.matches, attention_op.is_attention, attention_op.site),
-    Family(canonical.PATTERN, canonical.matches, canonical.is_attention, canonical.site),
-    Family(never_rewritten.CONTRIB, never_rewritten.is_contrib, never_rewritten.is_attention, never_rewritten.contrib),
-    Family(never_rewritten.DECOMPOSED, never_rewritten.is_decomposed, never_rewritten.is_attention, never_rewritten.decomposed),
+FAMILIES: tuple[Family, ...] = tuple(
+    Family(module.pattern, module.matches, module.is_attention, module.site) for module in (softmax_core, fused, canonical, never_rewritten)
 )
 
 
@@ -76,7 +73,7 @@ def find(
             logger.debug("%s: %s is an attention site", name, label(node))
         except (Refusal, Stuck, *MALFORMED) as error:
             reason, stopped_by = _reason(error, node)
-            declined.append(DeclinedSite(name, node.name or node.outputs[0].name, family.pattern, reason, stopped_by))
+            declined.append(DeclinedSite(name, node.name or node.outputs[0].name, family.pattern(node), reason, stopped_by))
             logger.debug("%s: declined, %s", name, reason)
     return sites, declined
 
@@ -120,12 +117,12 @@ def _inside(
         for graph in value if isinstance(value, list) else [value]:
             if isinstance(graph, gs.Graph):
                 for inner in graph.nodes:
-                    yield from ((f.pattern, where) for f in families if f.matches(inner))
+                    yield from ((f.pattern(inner), where) for f in families if f.matches(inner))
                     yield from _inside(inner, families, bodies, (*above, label(node)))
     function = bodies.get((node.domain or "", node.op))
-    if function is not None and node.op != canonical.PATTERN and len(above) < 16:
+    if function is not None and node.op != op.OP_TYPE and len(above) < 16:
         for inner in gs.import_onnx(_as_model(function)).nodes:
-            yield from ((f.pattern, where) for f in families if f.matches(inner))
+            yield from ((f.pattern(inner), where) for f in families if f.matches(inner))
             yield from _inside(inner, families, bodies, (*above, label(node)))
 
 

@@ -130,7 +130,8 @@ def operands(
 ) -> tuple[Holder, Holder, Holder]:
     """Where queries, keys and values are held.
 
-    All have the element type of the output, and keys and values have the fewest heads that both can be had with.
+    All have the element type of the output, or a half type where they were widened to float; keys and values have the fewest heads that
+    both can be had with.
 
     Args:
         query, key, value: the elements (b, h, q, d), (b, h, kv, d) and (b, h, kv, w) as the products read them.
@@ -149,12 +150,18 @@ def operands(
         if not found:
             raise Refusal(f"no tensor holds its {what} as [batch, heads, length, head size] with the lengths of the scores.", label(node))
     dtype = sg.dtype(output)
-    queries, keys, values = ([x for x in found if x.dtype == dtype] for found in (queries, keys, values))
-    for k in keys:
-        v = next((x for x in values if x.operand.heads == k.operand.heads and x.factor == 1), None)
-        if v is not None and queries:
-            return queries[0], k, v
+    if dtype == onnx.TensorProto.DOUBLE:
+        raise Refusal("it computes in double; float16, bfloat16 and float are carried over.", label(node))
+    # A product of widened halves is that of the halves: the kernel accumulates in float32 whatever the input type, and a mean of
+    # values is no larger than they are.
+    halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16) if dtype == onnx.TensorProto.FLOAT else ()
+    for kind in (*halves, dtype):
+        alike = [[x for x in found if x.dtype == kind] for found in (queries, keys, values)]
+        for k in alike[1]:
+            v = next((x for x in alike[2] if x.operand.heads == k.operand.heads and x.factor == 1), None)
+            if v is not None and alike[0]:
+                return alike[0][0], k, v
     raise Refusal(
-        "no tensors hold its queries, keys and values with the element type of its output and equal numbers of key and value heads.",
+        "no tensors hold its queries, keys and values with one element type and equal numbers of key and value heads.",
         label(node),
     )

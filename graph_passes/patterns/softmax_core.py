@@ -5,33 +5,32 @@ values. On the way back:
 
 1. a scalar factor (`Mul`, `Div`), before or after the mask; factors on Q and K count too, all are multiplied into `scale`;
 2. a mask: `Add`, `Sub`, `Where(mask, score, fill)` or `Where(mask, fill, score)`;
-3. float casts (softmax in float32), `Identity`, and the shift `x - ReduceMax(x)`, which softmax does not feel.
+3. one `Tanh` before every mask: the soft-cap `c * tanh(x)` with c the factors after it;
+4. float casts (softmax in float32), `Identity`, and the shift `x - ReduceMax(x)`, which softmax does not feel;
+5. `Reshape`, `Squeeze` and `Unsqueeze` of the axes in front of rows and keys.
 
-On the way forward: casts, `Identity`, and the NaN guard `Where(IsNaN(p), 0, p)`. Q, K and V are opaque tensors. Any other node,
-any other consumer and a graph output on the way decline the site with the reason.
+On the way forward: casts, `Identity`, reshapes, and the NaN guard `Where(IsNaN(p), 0, p)`. Q, K and V are opaque tensors. Any other
+node, any other consumer and a graph output on the way decline the site with the reason.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.patterns.grid import Grid
+from graph_passes.patterns.axes import Axes, carried, measured
 from graph_passes.patterns.layout import operands, scalar_factor
 from graph_passes.patterns.masks import MaskTerm, decide
 from graph_passes.site import AttentionSite, Refusal, label
 from graph_passes.symbolic.graph import SymbolicGraph, is_standard, op_names, producer
-from graph_passes.symbolic.poly import Poly, const
 
-__all__ = ["PATTERN", "Core", "find_core", "is_attention", "matches", "measure", "site"]
-
-PATTERN = "softmax core"
+__all__ = ["Core", "find_core", "is_attention", "matches", "measure", "pattern", "site"]
 
 _REASONS = {
-    "Tanh": "its scores go through Tanh (attention logit soft-capping), which is not carried over.",
     "Concat": "a column is joined to its scores (an attention sink), which full attention does not have.",
 }
+_RESHAPES = op_names("Reshape Squeeze Unsqueeze Flatten")
 
 
 @dataclass
@@ -42,8 +41,15 @@ class Core:
     scores: gs.Node
     output: gs.Node
     factor: float = 1.0
+    softcap: float = 0.0
     terms: list[MaskTerm] = field(default_factory=list)
     between: list[gs.Node] = field(default_factory=list)
+    path: list[gs.Node] = field(default_factory=list)
+    """From the product of queries and keys, without it, to the product with the values, without it."""
+
+
+def pattern(node: gs.Node) -> str:
+    return "softmax core"
 
 
 def matches(node: gs.Node) -> bool:
@@ -53,7 +59,18 @@ def matches(node: gs.Node) -> bool:
 
 def is_attention(sg: SymbolicGraph, softmax: gs.Node) -> bool:
     """Whether a product of two computed tensors feeds the Softmax (a router or a classifier multiplies by a weight)."""
-    return _find_product(sg, softmax.inputs[0], set()) is not None
+    return _find_product(sg, softmax.inputs[0], {}) is not None
+
+
+def _refuse_what_is_no_attention(sg: SymbolicGraph, softmax: gs.Node) -> None:
+    seen: dict[int, gs.Node] = {}
+    if _find_product(sg, softmax.inputs[0], seen) is None:
+        weighted = next((n for n in seen.values() if n.op in ("MatMul", "Gemm")), None)
+        if weighted is not None:
+            raise Refusal(
+                "its scores are a product with a stored weight, not of queries and keys (a router or a classifier).", label(weighted)
+            )
+        raise Refusal("no product of queries and keys feeds it (a router, a gate or a classifier).", label(softmax))
 
 
 def find_core(sg: SymbolicGraph, softmax: gs.Node) -> Core:
@@ -64,11 +81,15 @@ def find_core(sg: SymbolicGraph, softmax: gs.Node) -> Core:
     """
     rank = len(sg.shape(softmax.outputs[0]) or ())
     axis = int(softmax.attrs.get("axis", -1 if sg.opset >= 13 else 1))
-    if rank == 0 or axis not in (-1, rank - 1):
+    if rank == 0:
+        raise Refusal("the number of axes of its scores is not known; export the model with shapes, or infer them.", label(softmax))
+    if axis not in (-1, rank - 1):
         raise Refusal(f"its Softmax runs over axis {axis}, not over the keys (the last axis).", label(softmax))
-    scores, factor, terms, between = _back(sg, softmax)
+    core = _back(sg, softmax)
     output, after = _forward(sg, softmax)
-    core = Core(softmax, scores, output, factor, terms, [*between, softmax, *after])
+    core.output = output
+    core.between += [softmax, *after]
+    core.path += [softmax, *after]
     _refuse_other_readers(sg, core)
     return core
 
@@ -79,25 +100,30 @@ def site(sg: SymbolicGraph, softmax: gs.Node, name: str) -> AttentionSite:
     Raises:
         Refusal: it is not full causal attention, or that is not proved.
     """
+    _refuse_what_is_no_attention(sg, softmax)
     core = find_core(sg, softmax)
-    grid = measure(sg, core)
+    axes = measure(sg, core)
+    grid = axes.grid
     output = core.output.outputs[0]
     q_tensor, k_tensor = core.scores.inputs
     v_tensor = core.output.inputs[1]
     query, key, value = operands(
         sg,
         grid,
-        (q_tensor, _spread(sg, q_tensor, (grid.b, grid.h, grid.q, grid.d))),
-        (k_tensor, _spread(sg, k_tensor, (grid.b, grid.h, grid.d, grid.kv))),
-        (v_tensor, _spread(sg, v_tensor, (grid.b, grid.h, grid.kv, grid.w))),
+        (q_tensor, axes.read(sg, q_tensor, grid.q, grid.d)),
+        (k_tensor, axes.read(sg, k_tensor, grid.d, grid.kv)),
+        (v_tensor, axes.read(sg, v_tensor, grid.kv, grid.w)),
         output,
         core.scores,
     )
-    mask, evidence = decide(sg, core.terms, grid)
+    mask, evidence = decide(sg, axes.placed(core.terms), grid)
     scale = core.factor * query.factor * key.factor
     if not scale > 0:
         raise Refusal(f"its scores are multiplied by {scale:g}; a factor > 0 is needed.", label(core.scores))
     facts = [f"scale {scale:.9g} is the product of all factors on queries, keys and scores."]
+    if core.softcap:
+        scale *= core.softcap
+        facts = [f"soft-cap {core.softcap:.9g} * tanh(score / {core.softcap:.9g}) of scores with scale {scale:.9g}, before the mask."]
     heads = grid.heads.value or 0
     if heads != key.operand.heads:
         facts.append(
@@ -107,7 +133,7 @@ def site(sg: SymbolicGraph, softmax: gs.Node, name: str) -> AttentionSite:
     return AttentionSite(
         id=name,
         node=softmax.name or softmax.outputs[0].name,
-        pattern=PATTERN,
+        pattern=pattern(softmax),
         query=query.operand,
         key=key.operand,
         value=value.operand,
@@ -118,18 +144,20 @@ def site(sg: SymbolicGraph, softmax: gs.Node, name: str) -> AttentionSite:
         head_size=grid.size.value or 0,
         value_size=grid.value_size.value or 0,
         scale=scale,
-        softcap=0.0,
+        softcap=core.softcap,
         opset=sg.opset,
         consumed=tuple(dict.fromkeys(label(n) for n in nodes)),
         between=tuple(dict.fromkeys(t.name for n in nodes if n is not core.output for t in n.outputs)),
         evidence=(*evidence, *facts),
+        lead=axes.output_lead(),
+        cast=None if query.dtype == sg.dtype(output) else sg.dtype(output),
     )
 
 
-def _back(sg: SymbolicGraph, softmax: gs.Node) -> tuple[gs.Node, float, list[MaskTerm], list[gs.Node]]:
-    tensor, factor = softmax.inputs[0], 1.0
-    terms: list[MaskTerm] = []
-    between: list[gs.Node] = []
+def _back(sg: SymbolicGraph, softmax: gs.Node) -> Core:
+    """The way from the softmax back to the product; what follows the softmax is still open."""
+    tensor = softmax.inputs[0]
+    core = Core(softmax, softmax, softmax)
     while True:
         node = producer(tensor)
         if node is None:
@@ -139,31 +167,49 @@ def _back(sg: SymbolicGraph, softmax: gs.Node) -> tuple[gs.Node, float, list[Mas
                 raise Refusal(
                     "its scores are a product with a stored weight, not of queries and keys (a router or a classifier).", label(node)
                 )
-            return node, factor, terms, between
+            core.scores = node
+            core.path.reverse()
+            return core
         if not is_standard(node) or node.op in _REASONS:
             raise Refusal(_REASONS.get(node.op, f"{node.domain}.{node.op} between the scores and Softmax is not understood."), label(node))
-        scaled = scalar_factor(sg, node)
-        if scaled is not None:
-            tensor, factor = scaled[0], factor * scaled[1]
-        elif node.op in ("Cast", "Identity"):
-            tensor = node.inputs[0]
-        elif _is_shift(sg, node):
-            tensor = node.inputs[0]
-            between.append(node.inputs[1].inputs[0])
-        elif node.op in ("Add", "Sub"):
-            tensor, mask = _scores_and_mask(sg, node)
-            terms.append(MaskTerm("add", mask, node, factor=-factor if node.op == "Sub" else factor))
-        elif node.op == "Where":
-            condition, then, other = node.inputs
-            reached = [t for t in (then, other) if _find_product(sg, t, set()) is not None]
-            if len(reached) != 1:
-                raise Refusal("a Where before Softmax does not choose between scores and a fill value.", label(node))
-            tensor = reached[0]
-            how, fill = ("where", other) if tensor is then else ("unless", then)
-            terms.append(MaskTerm(how, condition, node, fill=fill, factor=factor))
-        else:
-            raise Refusal(f"{node.op} between the scores and Softmax is not part of full attention.", label(node))
-        between.append(node)
+        tensor = _step_back(sg, node, core)
+        core.between.append(node)
+        core.path.append(node)
+
+
+def _step_back(sg: SymbolicGraph, node: gs.Node, core: Core) -> gs.Tensor:
+    """The scores that a node on the way was made from; what it does to them is added to the core."""
+    scaled = scalar_factor(sg, node)
+    if scaled is not None:
+        core.factor *= scaled[1]
+        return scaled[0]
+    if node.op in ("Cast", "CastLike", "Identity", *_RESHAPES):
+        return node.inputs[0]
+    if _is_shift(sg, node):
+        core.between.append(node.inputs[1].inputs[0])
+        return node.inputs[0]
+    if node.op == "Tanh":
+        if core.softcap:
+            raise Refusal("its scores go through Tanh twice, which one soft-cap is not.", label(node))
+        if not core.factor > 0:
+            raise Refusal(f"the Tanh of its scores is multiplied by {core.factor:g}; a soft-cap > 0 is needed.", label(node))
+        core.softcap, core.factor = core.factor, 1.0
+        return node.inputs[0]
+    if core.softcap and node.op in ("Add", "Sub", "Where"):
+        raise Refusal("its mask is applied before the soft-cap, which would cap it too; the operator masks after it.", label(node))
+    if node.op in ("Add", "Sub"):
+        scores, mask = _scores_and_mask(sg, node)
+        core.terms.append(MaskTerm("add", mask, node, factor=-core.factor if node.op == "Sub" else core.factor))
+        return scores
+    if node.op == "Where":
+        condition, then, other = node.inputs
+        reached = [t for t in (then, other) if _find_product(sg, t, {}) is not None]
+        if len(reached) != 1:
+            raise Refusal("a Where before Softmax does not choose between scores and a fill value.", label(node))
+        how, fill = ("where", other) if reached[0] is then else ("unless", then)
+        core.terms.append(MaskTerm(how, condition, node, fill=fill, factor=core.factor))
+        return reached[0]
+    raise Refusal(f"{node.op} between the scores and Softmax is not part of full attention.", label(node))
 
 
 def _is_shift(sg: SymbolicGraph, node: gs.Node) -> bool:
@@ -180,7 +226,7 @@ def _is_shift(sg: SymbolicGraph, node: gs.Node) -> bool:
 
 def _scores_and_mask(sg: SymbolicGraph, node: gs.Node) -> tuple[gs.Tensor, gs.Tensor]:
     left, right = node.inputs
-    reaches = [_find_product(sg, t, set()) is not None for t in (left, right)]
+    reaches = [_find_product(sg, t, {}) is not None for t in (left, right)]
     if reaches[0] and (node.op == "Sub" or not reaches[1]):
         return left, right
     if reaches[1] and not reaches[0] and node.op == "Add":
@@ -188,15 +234,15 @@ def _scores_and_mask(sg: SymbolicGraph, node: gs.Node) -> tuple[gs.Tensor, gs.Te
     raise Refusal(f"it cannot be told which input of {node.op} holds the scores and which the mask.", label(node))
 
 
-_ON_THE_WAY = op_names("Cast Identity Add Sub Mul Div Where Tanh Reshape Concat Slice Unsqueeze Squeeze Neg")
+_ON_THE_WAY = op_names("Cast CastLike Identity Add Sub Mul Div Where Tanh Reshape Concat Slice Unsqueeze Squeeze Flatten Neg")
 
 
-def _find_product(sg: SymbolicGraph, tensor: gs.Tensor, seen: set[int]) -> gs.Node | None:
-    """A product of two computed tensors that a tensor of scores comes from."""
+def _find_product(sg: SymbolicGraph, tensor: gs.Tensor, seen: dict[int, gs.Node]) -> gs.Node | None:
+    """A product of two computed tensors that a tensor of scores comes from; `seen` takes the nodes that were looked at."""
     node = producer(tensor)
     if node is None or id(node) in seen:
         return None
-    seen.add(id(node))
+    seen[id(node)] = node
     if node.op in ("MatMul", "FusedMatMul"):
         return None if any(_is_stored(t) for t in node.inputs) else node
     if node.op not in _ON_THE_WAY or not is_standard(node):
@@ -225,7 +271,12 @@ def _forward(sg: SymbolicGraph, softmax: gs.Node) -> tuple[gs.Node, list[gs.Node
             raise Refusal(f"its probabilities are read by {names}; only the product with the values may read them.", label(softmax))
         elif readers[0].op == "MatMul" and readers[0].inputs[0] is tensor and readers[0].inputs[1] is not tensor:
             return readers[0], passed
-        elif readers[0].op in ("Cast", "Identity", "Dropout") and is_standard(readers[0]) and not _training(sg, readers[0]):
+        elif (
+            readers[0].op in ("Cast", "CastLike", "Identity", "Dropout", *_RESHAPES)
+            and readers[0].inputs[0] is tensor
+            and is_standard(readers[0])
+            and not _training(sg, readers[0])
+        ):
             passed.append(readers[0])
             tensor = readers[0].outputs[0]
         else:
@@ -262,22 +313,13 @@ def _refuse_other_readers(sg: SymbolicGraph, core: Core) -> None:
                 raise Refusal(f"{tensor.name}, inside the attention, is also read by {label(other)}.", label(other))
 
 
-def measure(sg: SymbolicGraph, core: Core) -> Grid:
-    """The lengths of an attention.
+def measure(sg: SymbolicGraph, core: Core) -> Axes:
+    """The lengths of an attention and where its axes stand in the two products and at each mask.
 
     Raises:
-        Refusal: its tensors have not four axes, or its heads are not fixed.
+        Refusal: batch and heads cannot be told, or rows and keys are not the last axes throughout.
     """
-    q, k, v, p = (sg.shape(t) for t in (*core.scores.inputs, core.output.inputs[1], core.output.inputs[0]))
-    if q is None or k is None or v is None or p is None:
-        raise Refusal("the shapes of its queries, keys and values are not known.", label(core.scores))
-    if not len(q) == len(k) == len(v) == len(p) == 4:
-        raise Refusal(f"its scores have {len(p)} axes; [batch, heads, rows, keys] is needed.", label(core.scores))
-    if q[1].value is None or q[3].value is None or v[3].value is None:
-        raise Refusal("its number of heads or its head size is not fixed in the graph.", label(core.scores))
-    return Grid(batch=q[0], heads=q[1], rows=q[2], keys=k[3], size=q[3], value_size=v[3])
-
-
-def _spread(sg: SymbolicGraph, tensor: gs.Tensor, index: tuple[Poly, ...]) -> tuple[Poly, ...]:
-    """The index into an operand whose batch or head axis of length 1 the product repeats."""
-    return tuple(const(0) if n.value == 1 else k for n, k in zip(sg.known_shape(tensor), index, strict=True))
+    axes = measured(sg, core.scores, core.output)
+    for node in core.path:
+        axes = replace(axes, places={**axes.places, id(node): carried(sg, node, axes)})
+    return axes

@@ -12,7 +12,7 @@ __all__ = ["element", "element_at"]
 
 
 def element_at(array: np.ndarray, index: Shape) -> Value | None:
-    """Element of an array: at a fixed index, of a uniform array, of a progression, or of a two-valued triangle."""
+    """Element of an array: at a fixed index, of a uniform array, of a progression, or of a two-valued triangle or band."""
     fixed = tuple(k.value if k.value is not None else slice(None) for k in index)
     try:
         part = array[fixed]
@@ -28,17 +28,31 @@ def element_at(array: np.ndarray, index: Shape) -> Value | None:
         step = int(part[1]) - int(part[0])
         if (np.diff(part) == step).all():
             return const(int(part[0])) + free[0] * step
-    return _triangle(part, free) if part.ndim == 2 else None
+    return _band(part, free) if part.ndim == 2 else None
 
 
-def _triangle(part: np.ndarray, free: list[Poly]) -> Value | None:
-    """A matrix with one value on and left of a diagonal and another right of it."""
-    low, high = part[-1, 0], part[0, -1]
-    rows, columns = np.arange(part.shape[0])[:, None], np.arange(part.shape[1])[None, :]
-    diagonal = int((part[0] == low).sum()) - 1 if part[0, 0] == low else -int(np.argmax(part[:, 0] == low))
-    if low == high or not (part == np.where(columns - rows <= diagonal, low, high)).all():
+def _band(part: np.ndarray, free: list[Poly]) -> Value | None:
+    """A matrix with one value between two diagonals, or on one side of one, and another value elsewhere."""
+    rows, columns = part.shape
+    # One entry of each diagonal, from the one that starts at the lower left corner to the one at the upper right.
+    along = np.concatenate([part[::-1, 0], part[0, 1:]])
+    distances = np.arange(1 - rows, columns)
+    if not (part == along[np.arange(columns)[None, :] - np.arange(rows)[:, None] + rows - 1]).all():
         return None
-    return ite(less_equal(free[1] - free[0] - diagonal), element(low), element(high))
+    inside = along == along[-1]
+    if not inside[0]:
+        inside = ~inside
+    # `inside` holds at both ends of a band, or at the left end alone of a triangle.
+    changes = np.flatnonzero(np.diff(inside))
+    left = along[0]
+    right = along[changes[0] + 1]
+    if len(changes) not in (1, 2) or not (along == np.where(inside, left, right)).all():
+        return None
+    value: Value = element(right)
+    position = free[1] - free[0]
+    if len(changes) == 2:
+        value = ite(less_equal(position - int(distances[changes[1]])), value, element(left))
+    return ite(less_equal(position - int(distances[changes[0]])), element(left), value)
 
 
 def element(x: np.generic) -> Value:

@@ -8,7 +8,7 @@ symbols of the same name in the declared shapes of graph inputs are the same len
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from graph_passes.symbolic.equations import Equation, solve, substituted
 from graph_passes.symbolic.logic import Atom, Value
-from graph_passes.symbolic.poly import Dim, Load, Poly, const, poly
+from graph_passes.symbolic.poly import Dim, Load, Poly, Symbol, const, poly
 
-__all__ = ["MALFORMED", "Shape", "Stuck", "SymbolicGraph", "is_standard", "op_names"]
+__all__ = ["CORE_DOMAIN", "MALFORMED", "Either", "Shape", "Stuck", "SymbolicGraph", "is_standard", "op_names"]
 
 Shape = tuple[Poly, ...]
 
@@ -27,8 +28,20 @@ _LARGEST_CONSTANT = 64 * 2**20
 """Bytes of a constant that is still looked into (a causal buffer of 4096 x 4096 floats); a larger one stays unknown."""
 
 
+_MOST_MERGES = 8
+"""Rounds of finding equal lengths; two or three are usual."""
+
 MALFORMED = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a node that breaks its operator's specification (a missing input, a wrong attribute) shows up as in the rules."""
+
+
+CORE_DOMAIN = "sample_attention.core"
+"""Domain of the node that stands for softmax(scale * Q K^T + masks) V while a graph is looked at; it is never written.
+
+Inputs: query [B, Hq, S, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv], and masks that broadcast to [B, Hq, S, T], each bool
+(true = seen) or of real type (added to the scores). Attributes: `scale`; `softcap` (0 = none), applied before the masks;
+`offset` (row i sees the keys 0 .. i + offset; None: no such rule) as a polynomial; `pattern`, the name of the family in reports.
+"""
 
 
 class Stuck(Exception):
@@ -38,6 +51,14 @@ class Stuck(Exception):
         super().__init__(why)
         self.node = node
         self.why = why
+
+
+class Either(Stuck):
+    """A length meets a longer one: a call does not fail only where one of several assumptions holds."""
+
+    def __init__(self, node: gs.Node | None, why: str, cases: tuple[tuple[Dim, int], ...]) -> None:
+        super().__init__(node, why)
+        self.cases = cases
 
 
 def op_names(names: str) -> frozenset[str]:
@@ -55,9 +76,18 @@ class SymbolicGraph:
     Args:
         graph: top-level graph, nodes in topological order.
         folder: folder that external data files are relative to; None when external constants must not be read.
+        expand: gives the nodes that stand in the place of a node, with their shapes recorded; the graph is changed accordingly.
+        under: what is known of the same graph already, and lengths to assume (`assuming`).
     """
 
-    def __init__(self, graph: gs.Graph, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        graph: gs.Graph,
+        folder: Path | None = None,
+        expand: Callable[[SymbolicGraph, gs.Node], list[gs.Node]] | None = None,
+        *,
+        under: tuple[SymbolicGraph, Mapping[Dim, Poly]] | None = None,
+    ) -> None:
         from graph_passes.symbolic import shapes
 
         self.graph = graph
@@ -70,15 +100,88 @@ class SymbolicGraph:
         """The node that made each comparison."""
         self.memory: dict[Hashable, Any] = {}
         """Results of costly questions that several layers ask alike."""
+        self.left_whole: dict[int, Exception] = {}
+        """Why `expand` could not take a node apart, by the id of the node."""
         self._signatures: dict[str, int] = {}
         self._shapes: dict[str, Shape | None] = {}
         self._dtypes: dict[str, int | None] = {}
         self._values: dict[tuple[str, tuple[Poly, ...]], Value] = {}
         self._arrays: dict[str, np.ndarray | None] = {}
+        self.stated: dict[str, Shape] = {}
+        """Shapes that the maker of a tensor knows better than inference."""
+        self.equations: list[Equation] = []
+        self.same_axes: list[tuple[gs.Tensor, int, gs.Tensor, int]] = []
+        """Axes of tensors that an operator requires to be equally long."""
+        self.taken_as_equal: frozenset[Dim] = frozenset()
+        """Lengths of inputs that are taken to be equal to the length that they meet elementwise, unless 1 (`equations`)."""
+        self.opaque: set[str] = set()
+        """Tensors whose elements are not followed further: what they say is a condition of its own."""
+        self.taken_as_flags: set[str] = set()
+        """Inputs of integers that are taken to hold only 0 and 1."""
+        self._same: dict[Dim, Poly] = {}
+        self._assumes = under is not None
+        if under is not None:
+            known, lengths = under
+            self._same = {**{s: substituted(p, dict(lengths)) for s, p in known._same.items()}, **lengths}
+            self.stated = {name: tuple(substituted(n, self._same) for n in shape) for name, shape in known.stated.items()}
+            self.taken_as_equal = known.taken_as_equal
+            self.opaque = known.opaque
         for tensor in graph.inputs:
             self._declare(tensor, tensor.shape)
-        for node in graph.nodes:
-            shapes.infer(self, node)
+        nodes: list[gs.Node] = []
+        for node in list(graph.nodes):
+            stand_in = [node] if expand is None else expand(self, node)
+            if stand_in == [node]:
+                shapes.infer(self, node)
+            nodes += stand_in
+        graph.nodes[:] = [n for n in nodes if n.inputs or n.outputs]  # `expand` may have emptied some
+        self._merge_equal_lengths()
+
+    def _merge_equal_lengths(self) -> None:
+        """Gives lengths that are equal one name, and infers everything again with it, until nothing new is found."""
+        from graph_passes.symbolic import shapes
+
+        by_rank: dict[bool, set[Symbol]] = {True: set(), False: set()}
+        for tensor in self.graph.inputs:
+            shape = self._shapes[tensor.name] or ()
+            by_rank[len(shape) <= 2] |= {s for n in shape for s in n.symbols}
+        own = by_rank[True] - by_rank[False]
+        for _ in range(_MOST_MERGES):
+            for a, i, b, j in self.same_axes:
+                self.equal(self.known_shape(a)[i], self.known_shape(b)[j], certain=True)
+            certain = [e for e in self.equations if e.certain]
+            found, taken = solve(certain, _is_inferred)
+            if not found:
+                found, taken = solve(self.equations, lambda s: s in own or _is_inferred(s))
+            if not found:
+                return
+            self._same = {**{s: substituted(p, found) for s, p in self._same.items()}, **found}
+            self.taken_as_equal |= {s for s in taken if not _is_inferred(s)}
+            self.stated = {name: tuple(substituted(n, found) for n in shape) for name, shape in self.stated.items()}
+            for cache in (self._shapes, self._values, self.memory, self.origin, self._signatures, self.equations):
+                cache.clear()
+            for tensor in self.graph.inputs:
+                self._declare(tensor, tensor.shape)
+            for node in self.graph.nodes:
+                shapes.infer(self, node)
+                if isinstance(node.attrs.get("offset"), Poly) and not self._assumes:
+                    node.attrs["offset"] = substituted(node.attrs["offset"], found)
+
+    def assuming(self, length: Dim, value: int) -> SymbolicGraph:
+        """The same graph where a length has a value."""
+        key = ("assuming", length, value)
+        if key not in self.memory:
+            self.memory[key] = SymbolicGraph(self.graph, self.folder, under=(self, {length: const(value)}))
+        return self.memory[key]
+
+    def renamed(self, p: Poly) -> Poly:
+        """A length with the one name of each length in it."""
+        return substituted(p, self._same)
+
+    def equal(self, left: Poly, right: Poly, *, certain: bool) -> None:
+        """Records that two lengths are equal (`certain`), or that one of them is 1."""
+        if left != right and (left.value is None or right.value is None):
+            self.equations.append(Equation(left, right, certain))
 
     def shape(self, tensor: gs.Tensor) -> Shape | None:
         """Lengths of the axes; None when even their number is unknown."""
@@ -172,6 +275,23 @@ class SymbolicGraph:
             out.append(found)
         return tuple(out)
 
+    def partial_integers(self, tensor: gs.Tensor) -> tuple[Poly | None, ...] | None:
+        """The elements of a 1-D integer tensor of fixed length, None for those that are no plain polynomials."""
+        shape = self.shape(tensor)
+        if shape is None or len(shape) != 1 or shape[0].value is None or shape[0].value > 64:
+            return None
+        found = (self._integer(tensor, k) for k in range(shape[0].value))
+        return tuple(found)
+
+    def _integer(self, tensor: gs.Tensor, k: int) -> Poly | None:
+        try:
+            found = self.value(tensor, (const(k),))
+        except Stuck:
+            return None
+        if isinstance(found, Poly) and not any(isinstance(s, Load) for s in found.symbols):
+            return found
+        return None
+
     def constant_integers(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
         """The elements of a constant tensor of integers, flattened."""
         array = self.array(tensor)
@@ -182,6 +302,7 @@ class SymbolicGraph:
     def set_shape(self, tensor: gs.Tensor, shape: Shape | None) -> None:
         """Records an inferred shape; a length that inference left open takes the declared number, if there is one."""
         declared = getattr(tensor, "shape", None)
+        shape = self.stated.get(tensor.name, shape)
         if shape is None:
             self._declare(tensor, declared)
             return
@@ -195,9 +316,9 @@ class SymbolicGraph:
     def set_dtype(self, tensor: gs.Tensor, dtype: int | None) -> None:
         self._dtypes[tensor.name] = dtype if dtype is not None else element_type(tensor)
 
-    def open_length(self, tensor: gs.Tensor, axis: int) -> Poly:
-        """A length of which nothing is known."""
-        return poly(Dim(f"{tensor.name}.shape[{axis}]"))
+    def open_length(self, tensor: gs.Tensor, axis: int, *, repeated: bool = False) -> Poly:
+        """A length of which nothing is known; `repeated`: but that it is one of two that meet."""
+        return substituted(poly(Dim(f"{tensor.name}.{'broadcast' if repeated else 'shape'}[{axis}]")), self._same)
 
     def _declare(self, tensor: gs.Tensor, shape: list | None) -> None:
         self._shapes[tensor.name] = None if shape is None else tuple(self._declared_length(tensor, i, n) for i, n in enumerate(shape))
@@ -208,7 +329,8 @@ class SymbolicGraph:
         if isinstance(declared, str) and declared:
             terms = [t.strip() for t in declared.split("+")]
             if all(re.fullmatch(r"\w[\w.]*", t) for t in terms):
-                return sum((const(int(t)) if t.isdecimal() else poly(Dim(t)) for t in terms), start=const(0))
+                named = sum((const(int(t)) if t.isdecimal() else poly(Dim(t)) for t in terms), start=const(0))
+                return substituted(named, self._same)
         return self.open_length(tensor, axis)
 
     def _read(self, tensor: gs.Tensor) -> np.ndarray | None:
@@ -260,7 +382,12 @@ def _plain(attrs: dict[str, Any]) -> Hashable:
 
 
 def _is_open(length: Poly, tensor: gs.Tensor) -> bool:
-    return any(isinstance(s, Dim) and s.name.startswith(f"{tensor.name}.shape[") for s in length.symbols)
+    return any(isinstance(s, Dim) and s.name.startswith((f"{tensor.name}.shape[", f"{tensor.name}.broadcast[")) for s in length.symbols)
+
+
+def _is_inferred(length: Dim) -> bool:
+    """Left open by inference, not named by the graph."""
+    return ".shape[" in length.name
 
 
 def _constant_node(node: gs.Node) -> np.ndarray | None:

@@ -167,7 +167,15 @@ def choose(condition: Formula, then: Formula, other: Formula) -> Formula:
 def ite(condition: Formula, then: Value, other: Value) -> Value:
     if isinstance(condition, bool):
         return then if condition else other
+    then, other = _known(then, condition, True), _known(other, condition, False)
     return then if then == other else Ite(condition, then, other)
+
+
+def _known(value: Value, condition: Formula, truth_: bool) -> Value:
+    """The value where a condition is known to be true, or known not to be."""
+    while isinstance(value, Ite) and value.condition in (condition, negation(condition)):
+        value = value.then if (value.condition == condition) == truth_ else value.other
+    return value
 
 
 def number(value: Value) -> Value:

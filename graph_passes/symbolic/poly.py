@@ -27,6 +27,7 @@ __all__ = [
     "is_nonnegative",
     "poly",
     "product",
+    "rejoined",
     "remainder",
 ]
 
@@ -310,3 +311,15 @@ def remainder(p: Poly, divisor: Poly) -> Poly:
     if is_nonnegative(rest) and is_nonnegative(divisor - 1 - rest):
         return rest
     return poly(Remainder(rest if is_nonnegative(rest) else p, divisor))
+
+
+def rejoined(p: Poly) -> Poly:
+    """The polynomial with n * (x div n) + (x mod n) written as x."""
+    terms = dict(p.terms)
+    for monomial, factor in p.terms:
+        rest = monomial[0] if len(monomial) == 1 else None
+        if isinstance(rest, Remainder):
+            whole = (Quotient(rest.numerator, rest.denominator),)
+            if rest.denominator.value is not None and terms.get(whole) == factor * rest.denominator.value:
+                return rejoined(p - Poly.of({monomial: factor, whole: terms[whole]}) + rest.numerator * factor)
+    return p

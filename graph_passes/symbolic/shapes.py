@@ -11,19 +11,17 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.symbolic.graph import MALFORMED, Shape, Stuck, SymbolicGraph, element_type, is_standard, op_names
-from graph_passes.symbolic.poly import Clamped, Poly, const, is_nonnegative, poly, product
+from graph_passes.symbolic.arguments import axes_of, axis_of, reshape_target, shape_window, slices, split_sizes, squeezed_axes, unclamped
+from graph_passes.symbolic.graph import CORE_DOMAIN, MALFORMED, Shape, Stuck, SymbolicGraph, element_type, is_standard, op_names
+from graph_passes.symbolic.poly import Load, Poly, const, is_nonnegative, product
 
-__all__ = ["axis_of", "broadcast", "divide_lengths", "infer", "reshape_target", "slices"]
-
-_UNBOUNDED = 2**31 - 1
-"""An end of a Slice at or beyond this means "to the end" (ONNX, Slice: INT_MAX or INT64_MAX)."""
+__all__ = ["broadcast", "infer"]
 
 _BOOL = onnx.TensorProto.BOOL
 _INT64 = onnx.TensorProto.INT64
 
 _SAME = op_names(
-    "Identity Cast Neg Abs Sqrt Reciprocal Exp Log Erf Sin Cos Tan Tanh Sigmoid Relu LeakyRelu Elu Gelu Softplus "
+    "Identity Cast CastLike Neg Abs Sqrt Reciprocal Exp Log Erf Sin Cos Tan Tanh Sigmoid Relu LeakyRelu Elu Gelu Softplus "
     "HardSigmoid Not IsNaN IsInf Floor Ceil Round Sign Clip Softmax LogSoftmax Trilu CumSum Dropout "
     "LayerNormalization RMSNormalization SimplifiedLayerNormalization RotaryEmbedding GroupNormalization "
     "BatchNormalization InstanceNormalization LpNormalization ScatterND ScatterElements HardSwish Swish Mish Celu "
@@ -38,7 +36,8 @@ _COMPARISONS = op_names("Equal Less LessOrEqual Greater GreaterOrEqual And Or Xo
 
 def infer(sg: SymbolicGraph, node: gs.Node) -> None:
     """Records shapes and element types of the outputs of a node."""
-    rule = _rule(node.op) if is_standard(node) or node.op in ("SimplifiedLayerNormalization", "SampleAttention") else None
+    known = is_standard(node) or node.op in ("SimplifiedLayerNormalization", "SampleAttention")
+    rule = _rule(node.op) if known else _MICROSOFT_RULES.get(node.op) if node.domain == "com.microsoft" else None
     found: list[Shape | None] = []
     if rule is not None:
         try:
@@ -51,14 +50,12 @@ def infer(sg: SymbolicGraph, node: gs.Node) -> None:
             sg.set_dtype(out, _dtype(sg, node) if i == 0 or node.op == "Split" else None)
 
 
-def axis_of(node: gs.Node, rank: int, name: str = "axis", default: int = 0) -> int:
-    """An axis attribute counted from the front."""
-    axis = int(node.attrs.get(name, default))
-    return axis + rank if axis < 0 else axis
+def broadcast(sg: SymbolicGraph, node: gs.Node, shapes: list[Shape], *, repeats: bool = False) -> Shape:
+    """The common shape; a length that cannot be told (two different open ones) is left open.
 
-
-def broadcast(sg: SymbolicGraph, node: gs.Node, shapes: list[Shape]) -> Shape:
-    """The common shape; a length that cannot be told (two different open ones) is left open."""
+    Args:
+        repeats: the operator is there to repeat (Expand); elsewhere different open lengths are likely to be equal, and noted.
+    """
     rank = max(len(s) for s in shapes)
     out: list[Poly] = []
     for axis in range(rank):
@@ -72,82 +69,10 @@ def broadcast(sg: SymbolicGraph, node: gs.Node, shapes: list[Shape]) -> Shape:
         if fixed or len(lengths) < 2:
             out.append((fixed or lengths or [const(1)])[0])
         else:
-            out.append(sg.open_length(node.outputs[0], axis))
+            for other in [] if repeats else lengths[1:]:
+                sg.equal(lengths[0], other, certain=False)
+            out.append(sg.open_length(node.outputs[0], axis, repeated=True))
     return tuple(out)
-
-
-def unclamped(length: Poly) -> Poly:
-    """For min(n, bound) the n that it must be where it meets the length n in a broadcast: 1 it can only be when n is 1, since
-    bound >= 2."""
-    only = next(iter(length.symbols)) if len(length.symbols) == 1 else None
-    return only.length if isinstance(only, Clamped) and length == poly(only) else length
-
-
-def divide_lengths(total: list[Poly], parts: list[Poly]) -> Poly | None:
-    """product(total) / product(parts) when it comes out even."""
-    total, parts = list(total), list(parts)
-    for part in list(parts):
-        if part in total:
-            total.remove(part)
-            parts.remove(part)
-    return product(total).divided_by(product(parts))
-
-
-def reshape_target(sg: SymbolicGraph, node: gs.Node) -> Shape:
-    """The shape that a Reshape gives, with 0 and -1 resolved."""
-    source = sg.known_shape(node.inputs[0], node)
-    wanted = sg.integers(node.inputs[1])
-    if wanted is None:
-        raise Stuck(node, "the shape it is given cannot be followed")
-    allow_zero = int(node.attrs.get("allowzero", 0))
-    lengths = [source[i] if n.value == 0 and not allow_zero and i < len(source) else n for i, n in enumerate(wanted)]
-    free = [i for i, n in enumerate(lengths) if n.value == -1]
-    if len(free) == 1:
-        rest = divide_lengths(list(source), [n for i, n in enumerate(lengths) if i != free[0]])
-        lengths[free[0]] = sg.open_length(node.outputs[0], free[0]) if rest is None else rest
-    return tuple(lengths)
-
-
-def slices(sg: SymbolicGraph, node: gs.Node) -> dict[int, tuple[Poly, Poly, int]]:
-    """For each sliced axis: first position, length of the result, step."""
-    source = sg.known_shape(node.inputs[0], node)
-    if len(node.inputs) < 3:
-        raise Stuck(node, "a Slice with attributes (opset < 10) is not followed")
-    starts, ends = sg.integers(node.inputs[1]), sg.integers(node.inputs[2])
-    axes = sg.constant_integers(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3].name else None
-    steps = sg.constant_integers(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4].name else None
-    if starts is None or ends is None:
-        raise Stuck(node, "its bounds cannot be followed")
-    out: dict[int, tuple[Poly, Poly, int]] = {}
-    for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        axis = axes[k] if axes else k
-        axis += len(source) if axis < 0 else 0
-        step = steps[k] if steps else 1
-        out[axis] = (*_bounds(sg, node, axis, source[axis], start, end, step), step)
-    return out
-
-
-def _bounds(sg: SymbolicGraph, node: gs.Node, axis: int, length: Poly, start: Poly, end: Poly, step: int) -> tuple[Poly, Poly]:
-    first, last = (_position(p, length) for p in (start, end))
-    if length.value is not None and first.value is not None and last.value is not None:
-        taken = range(*slice(start.value, end.value, step).indices(length.value))
-        return const(taken.start), const(len(taken))
-    if step == 1 and is_nonnegative(first) and is_nonnegative(last - first) and is_nonnegative(length - last):
-        return first, last - first
-    if step == 1 and first.value == 0 and is_nonnegative(last) and (length.value or 0) > 1:
-        return first, poly(Clamped(last, length.value or 0))
-    return first, sg.open_length(node.outputs[0], axis)
-
-
-def _position(p: Poly, length: Poly) -> Poly:
-    """A bound of a Slice as a position in 0 .. length."""
-    if p.value is not None:
-        if p.value >= _UNBOUNDED:
-            return length
-        if p.value <= -_UNBOUNDED:
-            return const(0)
-        return length + p.value if p.value < 0 else p
-    return p if is_nonnegative(p) else length + p if is_nonnegative(-p - 1) else p
 
 
 def _rule(op: str) -> Callable[[SymbolicGraph, gs.Node], list[Shape | None]] | None:
@@ -167,6 +92,8 @@ def _dtype(sg: SymbolicGraph, node: gs.Node) -> int | None:
     if op == "Cast":
         to = node.attrs.get("to")
         return int(to) if isinstance(to, int) else int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(to)))
+    if op == "CastLike":
+        return sg.dtype(node.inputs[1])
     if op == "Constant":
         array = sg.array(node.outputs[0])
         return None if array is None else int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
@@ -175,7 +102,7 @@ def _dtype(sg: SymbolicGraph, node: gs.Node) -> int | None:
         return onnx.TensorProto.FLOAT if value is None else element_type(value)
     if op == "Where":
         return sg.dtype(node.inputs[1])
-    if node.inputs and (op in _SAME or op in _ELEMENTWISE or op in _RULES):
+    if node.inputs and (node.domain == CORE_DOMAIN or op in _MICROSOFT_RULES or op in _SAME or op in _ELEMENTWISE or op in _RULES):
         return sg.dtype(node.inputs[0])
     return None
 
@@ -188,6 +115,7 @@ def _matmul(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     a, b = (sg.known_shape(t, node) for t in node.inputs[:2])
     if len(a) < 2 or len(b) < 2:
         raise Stuck(node, "a product with a vector is not followed")
+    sg.equal(a[-1], b[-2], certain=True)
     return [(*broadcast(sg, node, [a[:-2], b[:-2]]), a[-2], b[-1])]
 
 
@@ -204,8 +132,8 @@ def _transpose(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
 
 def _unsqueeze(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     a = sg.known_shape(node.inputs[0], node)
-    rank = len(a) + len(_axes(sg, node))
-    new = {x + rank if x < 0 else x for x in _axes(sg, node)}
+    rank = len(a) + len(axes_of(sg, node))
+    new = {x + rank if x < 0 else x for x in axes_of(sg, node)}
     rest = iter(a)
     return [tuple(const(1) if i in new else next(rest) for i in range(rank))]
 
@@ -215,40 +143,30 @@ def _squeeze(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     return [tuple(n for i, n in enumerate(a) if i not in squeezed_axes(sg, node))]
 
 
-def squeezed_axes(sg: SymbolicGraph, node: gs.Node) -> set[int]:
-    a = sg.known_shape(node.inputs[0], node)
-    if "axes" in node.attrs or len(node.inputs) > 1:
-        return {x + len(a) if x < 0 else x for x in _axes(sg, node)}
-    if any(n.value is None for n in a):
-        raise Stuck(node, "a Squeeze without axes of open lengths is not followed")
-    return {i for i, n in enumerate(a) if n.value == 1}
-
-
-def unsqueezed_axes(sg: SymbolicGraph, node: gs.Node, rank: int) -> set[int]:
-    """Axes of the result (which has `rank` axes) that an Unsqueeze puts in."""
-    return {x + rank if x < 0 else x for x in _axes(sg, node)}
-
-
-def _axes(sg: SymbolicGraph, node: gs.Node) -> tuple[int, ...]:
-    if "axes" in node.attrs:
-        return tuple(int(x) for x in node.attrs["axes"])
-    axes = sg.constant_integers(node.inputs[1])
-    if axes is None:
-        raise Stuck(node, "its axes are not constant")
-    return axes
-
-
 def _expand(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
-    wanted = sg.integers(node.inputs[1])
-    if wanted is None:
+    source, given = sg.known_shape(node.inputs[0], node), sg.partial_integers(node.inputs[1])
+    if given is None:
         raise Stuck(node, "the shape it is given cannot be followed")
-    return [broadcast(sg, node, [sg.known_shape(node.inputs[0], node), wanted])]
+    rank = max(len(source), len(given))
+    padded = (const(1),) * (rank - len(source)) + source
+    # What is not followed is 1 or the length that is there already, unless that is 1.
+    wanted = [
+        n if n is not None else padded[i] if (padded[i].value or 0) > 1 else sg.open_length(node.outputs[0], i)
+        for i, n in enumerate(given, rank - len(given))
+    ]
+    # n entries can be expanded to n + m only if m = 0 or n = 1: the result has n + m.
+    shorter = tuple(const(1) if n != wanted[i] and is_nonnegative(wanted[i] - n) else n for i, n in enumerate(padded))
+    return [broadcast(sg, node, [shorter, tuple(wanted)], repeats=True)]
 
 
 def _concat(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     parts = [sg.known_shape(t, node) for t in node.inputs]
     axis = axis_of(node, len(parts[0]))
     total = sum((p[axis] for p in parts), start=const(0))
+    for part in parts[1:]:
+        for k, (first, other) in enumerate(zip(parts[0], part, strict=True)):
+            if k != axis:
+                sg.equal(first, other, certain=True)
     return [tuple(total if i == axis else n for i, n in enumerate(parts[0]))]
 
 
@@ -269,12 +187,6 @@ def _gather_nd(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
 def _shape(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     rank = len(sg.known_shape(node.inputs[0], node))
     return [(const(len(range(rank)[shape_window(node)])),)]
-
-
-def shape_window(node: gs.Node) -> slice:
-    """The axes that a Shape node reports."""
-    end = node.attrs.get("end")
-    return slice(int(node.attrs.get("start", 0)), None if end is None else int(end))
 
 
 def _range(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
@@ -306,7 +218,7 @@ def _reduce(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     has_axes = "axes" in node.attrs or (len(node.inputs) > 1 and node.inputs[1].name)
     if not has_axes and node.attrs.get("noop_with_empty_axes"):
         return [a]
-    axes = {x + len(a) if x < 0 else x for x in _axes(sg, node)} if has_axes else set(range(len(a)))
+    axes = {x + len(a) if x < 0 else x for x in axes_of(sg, node)} if has_axes else set(range(len(a)))
     return [tuple(const(1) if i in axes else n for i, n in enumerate(a) if keep or i not in axes)]
 
 
@@ -323,24 +235,6 @@ def _split(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     return [tuple(size if i == axis else n for i, n in enumerate(a)) for size in split_sizes(sg, node)]
 
 
-def split_sizes(sg: SymbolicGraph, node: gs.Node) -> tuple[Poly, ...]:
-    """Lengths of the pieces of a Split along its axis."""
-    if "split" in node.attrs:
-        return tuple(const(int(n)) for n in node.attrs["split"])
-    if len(node.inputs) > 1 and node.inputs[1].name:
-        sizes = sg.integers(node.inputs[1])
-        if sizes is None:
-            raise Stuck(node, "the lengths of its pieces cannot be followed")
-        return sizes
-    a = sg.known_shape(node.inputs[0], node)
-    total = a[axis_of(node, len(a))].value
-    pieces = int(node.attrs.get("num_outputs", len(node.outputs)))
-    if total is None:
-        raise Stuck(node, "it splits an axis of open length")
-    size = -(-total // pieces)
-    return tuple(const(min(size, total - size * k)) for k in range(pieces))
-
-
 def _flatten(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     a = sg.known_shape(node.inputs[0], node)
     axis = axis_of(node, len(a), default=1)
@@ -348,8 +242,35 @@ def _flatten(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
 
 
 def _tile(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
-    a, repeats = sg.known_shape(node.inputs[0], node), sg.integers(node.inputs[1])
-    return [None if repeats is None else tuple(n * r for n, r in zip(a, repeats, strict=True))]
+    a = sg.known_shape(node.inputs[0], node)
+    repeats = sg.partial_integers(node.inputs[1]) or (None,) * len(a)
+    return [tuple(sg.open_length(node.outputs[0], i) if r is None else n * r for i, (n, r) in enumerate(zip(a, repeats, strict=True)))]
+
+
+def _one_hot(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
+    indices = sg.known_shape(node.inputs[0], node)
+    axis = axis_of(node, len(indices) + 1, default=-1)
+    depth = sg.value(node.inputs[1], (const(0),) * len(sg.known_shape(node.inputs[1], node)))
+    new = (
+        depth if isinstance(depth, Poly) and not any(isinstance(s, Load) for s in depth.symbols) else sg.open_length(node.outputs[0], axis)
+    )
+    return [(*indices[:axis], new, *indices[axis:])]
+
+
+def _top_k(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
+    a = sg.known_shape(node.inputs[0], node)
+    axis = axis_of(node, len(a), default=-1)
+    count = (sg.partial_integers(node.inputs[1]) or (None,))[0]
+    taken = tuple((sg.open_length(node.outputs[0], i) if count is None else count) if i == axis else n for i, n in enumerate(a))
+    return [taken, taken]
+
+
+def _non_zero(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
+    return [(const(len(sg.known_shape(node.inputs[0], node))), sg.open_length(node.outputs[0], 1))]
+
+
+def _quantised_product(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
+    return [(*sg.known_shape(node.inputs[0], node)[:-1], const(int(node.attrs["N"])))]
 
 
 def _attention(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
@@ -378,9 +299,20 @@ _RULES: dict[str, Callable[[SymbolicGraph, gs.Node], list[Shape | None]]] = {
     "Split": _split,
     "Flatten": _flatten,
     "Tile": _tile,
+    "TopK": _top_k,
+    "NonZero": _non_zero,
+    "OneHot": _one_hot,
     "ArgMax": _arg_reduce,
     "ArgMin": _arg_reduce,
     "Attention": _attention,
     "SampleAttention": _attention,
     **{f"Reduce{x}": _reduce for x in ("Sum", "Mean", "Max", "Min", "Prod", "L1", "L2", "SumSquare", "LogSum", "LogSumExp")},
 }
+
+_MICROSOFT_RULES: dict[str, Callable[[SymbolicGraph, gs.Node], list[Shape | None]]] = {
+    "MatMulNBits": _quantised_product,
+    "MatMulBnb4": _quantised_product,
+    "MoE": lambda sg, node: [sg.shape(node.inputs[0])],
+    "QMoE": lambda sg, node: [sg.shape(node.inputs[0])],
+}
+"""Operators of ONNX Runtime that are not taken apart, but stand between attentions."""

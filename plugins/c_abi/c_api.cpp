@@ -27,12 +27,15 @@ extern "C" {
 
 int32_t sa_abi_version(void) { return SA_ABI_VERSION; }
 
-const char *sa_build_info(void) { return "sm_90a; head sizes " SA_HEAD_DIMS_TEXT "; float16, bfloat16"; }
+const char *sa_build_info(void) { return SA_BUILD_TEXT; }
 
-int32_t sa_supports(const sa_problem *problem, int32_t compute_capability, char *message, size_t message_size) {
-  if (problem == nullptr) return missing("problem", message, message_size);
-  return report(sa::supports(*problem, compute_capability), message, message_size);
+int32_t sa_supports(const sa_problem *problem, int32_t compute_capability, sa_support *support) {
+  if (problem == nullptr || support == nullptr) return SA_INVALID;
+  *support = sa::supports(*problem, compute_capability);
+  return support->code;
 }
+
+const char *sa_path_name(int32_t path) { return sa::path_name(path); }
 
 int32_t sa_is_full(const sa_problem *problem) { return problem != nullptr && sa::is_full(*problem); }
 
@@ -40,9 +43,11 @@ int64_t sa_workspace_bytes(const sa_problem *problem) { return problem == nullpt
 
 int32_t sa_chunk_tiles(const sa_problem *problem) { return problem == nullptr ? 0 : sa::chunk_tiles(*problem); }
 
-int32_t sa_prefill(const sa_prefill_params *params, void *workspace, int64_t workspace_size, void *stream, char *message, size_t message_size) {
+int32_t sa_mass_rows(const sa_problem *problem, int32_t tiles) { return problem == nullptr ? 0 : sa::mass_rows(*problem, tiles); }
+
+int32_t sa_run(const sa_prefill_params *params, void *workspace, int64_t workspace_size, void *stream, char *message, size_t message_size) {
   if (params == nullptr) return missing("params", message, message_size);
-  return report(sa::prefill(*params, workspace, workspace_size, as_stream(stream)), message, message_size);
+  return report(sa::run(*params, workspace, workspace_size, as_stream(stream)), message, message_size);
 }
 
 int32_t sa_sample(const sa_prefill_params *params, int32_t first_tile, int32_t tiles, float *mass, void *workspace, int64_t workspace_size, void *stream,
@@ -51,10 +56,11 @@ int32_t sa_sample(const sa_prefill_params *params, int32_t first_tile, int32_t t
   return report(sa::sample(*params, first_tile, tiles, mass, workspace, workspace_size, as_stream(stream)), message, message_size);
 }
 
-int32_t sa_filter(const sa_prefill_params *params, const float *mass, const sa_block_lists *lists, void *stream, char *message, size_t message_size) {
+int32_t sa_filter(const sa_prefill_params *params, const float *mass, const sa_block_lists *lists, void *workspace, int64_t workspace_size, void *stream,
+                  char *message, size_t message_size) {
   if (params == nullptr) return missing("params", message, message_size);
   if (lists == nullptr) return missing("lists", message, message_size);
-  return report(sa::filter(*params, mass, *lists, as_stream(stream)), message, message_size);
+  return report(sa::filter(*params, mass, *lists, workspace, workspace_size, as_stream(stream)), message, message_size);
 }
 
 int32_t sa_attend(const sa_prefill_params *params, const sa_block_lists *lists, void *workspace, int64_t workspace_size, void *stream, char *message,

@@ -14,8 +14,7 @@ struct Launchers {
   static int attend_stage_keys();  // keys of one pipeline stage of the prefill kernel
   static cudaError_t attend(const AttendParams &params, int multiprocessors, cudaStream_t stream);
   static cudaError_t weigh(const WeightParams &params, cudaStream_t stream);
-  static cudaError_t sample_rows(const SampleParams &params, int multiprocessors, cudaStream_t stream);
-  static cudaError_t sample_mass(const SampleParams &params, int multiprocessors, cudaStream_t stream);
+  static cudaError_t sample(const SampleParams &params, int multiprocessors, cudaStream_t stream);
   static cudaError_t decode(const DecodeParams &params, cudaStream_t stream);
 };
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from graph_passes import external_data
 from sa_export.errors import UserError
 from sa_export.hf.quiet import sentence_of
 
@@ -42,9 +43,12 @@ class DecoderInputs:
         if not path.is_file():
             raise UserError(f"{path} does not exist; give an ONNX file written by `sa-export export` or `sa-export rewrite`.")
         try:
-            graph = onnx.load(path, load_external_data=False).graph
+            model = onnx.load(path, load_external_data=False)
         except Exception as error:
             raise UserError(f"{path} cannot be read as ONNX ({type(error).__name__}); export the model again.") from None
+        if external_data.is_pending(model):
+            raise UserError(f"{path} has no weights yet; add them with `sa-export attach`.")
+        graph = model.graph
         past = {}
         initializers = {i.name for i in graph.initializer}
         names = tuple(i.name for i in graph.input if i.name not in initializers)

@@ -24,7 +24,7 @@ from sa_export.files import check_replaceable, staged_folder
 from sa_export.hf.quiet import sentence_of
 from sa_export.versions import versions
 
-__all__ = ["CheckOptions", "Subject", "refuse_early", "run_check"]
+__all__ = ["CheckOptions", "Subject", "load_tokenizer", "refuse_early", "run_check"]
 
 _EXACT_LENGTH = 200
 _PACKAGES = ("sa-export", "torch", "transformers", "onnx", "onnxruntime", "onnx-graphsurgeon", "polygraphy", "numpy")
@@ -95,7 +95,7 @@ def run_check(
         DecoderInputs.from_model(subject.model)
     folder = tokenizer_folder or full.parent
     refuse_early(folder, options)
-    tokenizer, config = _tokenizer(folder), _config(folder)
+    tokenizer, config = load_tokenizer(folder), _config(folder)
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -235,7 +235,8 @@ def _dtype(model: Path) -> str:
     return max(sizes, key=lambda k: sizes[k]) if sizes else "float32"
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, offline. Raises UserError."""
     from transformers import AutoTokenizer
 
     try:

@@ -12,7 +12,7 @@ from typing import Any
 from sa_export.cli.common import add_report_arguments, emit, progress_bar
 from sa_export.errors import UserError
 
-_PRESETS = {"default": "", "residue": "policy=residue,stride=16", "dense": "policy=dense"}
+_PRESETS = {"default": "", "tile": "policy=tile", "dense": "policy=dense"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         action="append",
         metavar="SPEC",
-        help="a policy to time, repeatable: default, residue (stride 16), dense, or attributes of docs/op.md such as "
-        "policy=tile,sample_rows=16,alpha=0.9 (default: default and residue)",
+        help="a policy to time, repeatable: default, tile, dense, or attributes of docs/op.md such as "
+        "policy=tile,sample_rows=16,alpha=0.9 (default: default and tile)",
     )
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="capture queries, keys and values from this checkpoint instead of planting structure"
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    policies = {spec: _policy(spec) for spec in args.policy or ["default", "residue"]}
+    policies = {spec: _policy(spec) for spec in args.policy or ["default", "tile"]}
     _refuse_bad_shape(args)
     import torch
 

@@ -13,9 +13,13 @@ from sa_export.errors import UserError
 
 __all__ = [
     "add_check_arguments",
+    "add_checkpoint_arguments",
     "add_model_arguments",
     "add_output_arguments",
     "add_policy_arguments",
+    "add_report_arguments",
+    "add_standard_argument",
+    "add_weights_argument",
     "check_options",
     "default_policy",
     "emit",
@@ -36,10 +40,40 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress on standard error")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is exported and how."""
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and how it is reached."""
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", required=True, metavar="DIR_OR_ID", help="Hugging Face checkpoint: a folder, or a hub id")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings (default: refuse)")
+    group.add_argument("--cache-dir", metavar="DIR", help="where hub downloads are kept")
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    group.add_argument("--token", metavar="TOKEN", help="hub token for gated models")
+
+
+def add_weights_argument(parser: argparse._ActionsContainer) -> None:
+    """--weights of `export` and `attach`."""
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "reference", "hardlink", "copy"),
+        default="auto",
+        help="where the weights are: in the checkpoint's files when its folder is the output (reference), in hard links to them, "
+        "or in a copy (default auto: reference, else a clone, a hard link above 2 GiB, a copy below)",
+    )
+
+
+def add_standard_argument(parser: argparse.ArgumentParser) -> None:
+    """--standard of `rewrite` and `convert`."""
+    parser.add_argument(
+        "--standard",
+        action="store_true",
+        help="write ONNX Runtime's other operators (com.microsoft) as standard ones too, as TensorRT's parser needs",
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is exported and how."""
+    add_checkpoint_arguments(parser)
+    group = parser.add_argument_group("export")
     group.add_argument(
         "--dtype",
         "--precision",
@@ -60,12 +94,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="logits of all positions, or of the last real token of each item (long prompts)",
     )
-    group.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings (default: refuse)")
-    group.add_argument("--cache-dir", metavar="DIR", help="where hub downloads are kept")
-    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    group.add_argument("--token", metavar="TOKEN", help="hub token for gated models")
     group.add_argument("--random-weights", action="store_true", help="ignore the weights: test the model's shape from its config alone")
-    group.add_argument("--num-layers", type=int, metavar="N", help="with --random-weights: only the first N layers")
+    group.add_argument("--from-config", action="store_true", help="no weights at all: a model of any size from its config alone")
+    group.add_argument("--num-layers", type=int, metavar="N", help="with --random-weights or --from-config: only the first N layers")
+    add_weights_argument(group)
     group.add_argument("--single-file", action="store_true", help="weights inside model.onnx (below 2 GiB)")
     group.add_argument("--no-verify", action="store_true", help="do not compare the export with the torch model")
 

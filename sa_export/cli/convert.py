@@ -12,6 +12,7 @@ from sa_export.cli.common import (
     add_model_arguments,
     add_output_arguments,
     add_policy_arguments,
+    add_standard_argument,
     check_options,
     emit,
     progress_bar,
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_output_arguments(parser, "folder to make")
     add_policy_arguments(parser)
+    add_standard_argument(parser)
     add_check_arguments(parser)
     parser.add_argument(
         "--compare-papers", action="store_true", help="also check the policies of the SampleAttention papers, for comparison"
@@ -50,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     config = configuration(args)
     if args.logits != "all" and not args.no_check:
         raise UserError("--logits last leaves nothing to check but the last token; add --no-check, or export with --logits all.")
+    if args.from_config and not args.no_check:
+        raise UserError("--from-config leaves nothing to check before weights are attached; add --no-check.")
     if not args.no_check and Path(args.model).is_dir():  # minutes before the check itself would say so
         refuse_early(args.tokenizer or Path(args.model), options)
     progress = progress_bar(args)
@@ -61,13 +65,13 @@ def run(args: argparse.Namespace) -> int:
     found = inspect(model)
     overrides = {entry.id: {**entry.overrides, **({"skip": True} if entry.skip else {})} for entry in config.entries}
     write_config(folder / "attention.yaml", found.sites, config.defaults, declined=found.declined, overrides=overrides)
-    report = rewrite(model, folder / "model.sa.onnx", config)
+    report = rewrite(model, folder / "model.sa.onnx", config, standard=args.standard)
     if not report.ok:
         raise GateError(f"no attention site was rewritten:\n{report.as_text()}")
     subjects = [Subject(config.defaults.policy, folder / "model.sa.onnx")]
     for name, values in PAPER_POLICIES.items() if args.compare_papers else ():
         output = folder / f"model.{name}.sa.onnx"
-        rewrite(model, output, Config(defaults=Policy(min_length=config.defaults.min_length, **values)))
+        rewrite(model, output, Config(defaults=Policy(min_length=config.defaults.min_length, **values)), standard=args.standard)
         subjects.append(Subject(f"{name} (paper)", output, gated=False))
     (folder / "rewrite.json").write_text(json.dumps(report.as_dict(), indent=1, default=str) + "\n", encoding="utf-8")
     text.append(report.as_text())

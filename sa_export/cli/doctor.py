@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sa_export.cli.common import add_report_arguments, emit
+from sa_export.tensorrt import POLYGRAPHY_PLUGINS
+from sa_export.tensorrt.library import NAME as PLUGIN_NAME
+from sa_export.tensorrt.library import VARIABLE as PLUGIN_VARIABLE
 from sa_export.versions import installed
 
 # What is needed for what: package -> (purpose, how to get it).
@@ -37,6 +40,10 @@ _PROGRAMS = {
     "trtexec": "comes with the TensorRT SDK, not with the pip wheels",
     "tritonserver": "comes with the Triton container",
 }
+_WITHOUT = {
+    "libsample_attention_kernels.so": "not built: ONNX Runtime runs the op as standard operators (slow, exact)",
+    "libsample_attention_trt.so": "not built: sa-export build makes engines with full attention only (--dense)",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +67,8 @@ def run(args: argparse.Namespace) -> int:
             f"{'ok' if entry['path'] else '--':<4}{name:<34}{entry['path'] or 'missing'}" + ("" if entry["path"] else f"  {entry['note']}")
         )
     for name, path in found["libraries"].items():
-        lines.append(
-            f"{'ok' if path else '--':<4}{name:<34}{path or 'not built: ONNX Runtime runs the op as standard operators (slow, exact)'}"
-        )
+        lines.append(f"{'ok' if path else '--':<4}{name:<34}{path or _WITHOUT[name]}")
+    lines.append(f"{'':4}{'polygraphy plugin --plugin-dir':<34}{found['polygraphy_plugins']}")
     missing = [n for n, e in found["packages"].items() if e["required"] and not e["version"]]
     lines.append("")
     lines.append(f"missing: {', '.join(missing)}" if missing else "export, inspect, rewrite, check and plot can run here.")
@@ -83,7 +89,8 @@ def examine() -> dict[str, Any]:
         "gpu": _gpu(),
         "packages": packages,
         "programs": {name: {"path": shutil.which(name), "note": note} for name, note in _PROGRAMS.items()},
-        "libraries": {name: _library(name) for name in ("libsample_attention_kernels.so", "libsample_attention_trt.so")},
+        "libraries": {name: _library(name) for name in _WITHOUT},
+        "polygraphy_plugins": str(POLYGRAPHY_PLUGINS),
     }
 
 
@@ -102,6 +109,12 @@ def _gpu() -> str | None:
 
 
 def _library(name: str) -> str | None:
+    # The library that the kernels' door would load: SA_EXPORT_KERNELS names another than the installed one.
+    if name == "libsample_attention_kernels.so" and (named := os.environ.get("SA_EXPORT_KERNELS")):
+        return named if Path(named).is_file() else None
+    named = os.environ.get(PLUGIN_VARIABLE)
+    if name == PLUGIN_NAME and named and Path(named).is_file():
+        return named
     spec = util.find_spec("sa_export")
     for place in spec.submodule_search_locations or [] if spec else []:
         path = Path(place) / "lib" / name

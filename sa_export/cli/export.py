@@ -22,13 +22,12 @@ def run(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace, output: Path, progress: Any, may_replace: tuple[str, ...] = ()) -> Any:
     """Loads and exports what the model arguments name; also the first step of `convert`."""
-    from sa_export.hf.export import check_options, export_onnx
-    from sa_export.hf.folder import check_replaceable
+    from sa_export.hf.export import check_options, check_output, export_onnx
     from sa_export.hf.load import load_checkpoint
 
-    # Refused before minutes are spent on loading.
-    check_replaceable(Path(output).expanduser().absolute(), force=args.force, may_replace=may_replace)
-    check_options(args.opset, args.attention, args.logits)
+    # Refused before time is spent on loading.
+    check_output(Path(output).expanduser().absolute(), Path(args.model).expanduser(), force=args.force, may_replace=may_replace)
+    check_options(args.opset, args.attention, args.logits, args.weights, single_file=args.single_file)
     checkpoint = load_checkpoint(
         args.model,
         dtype=args.dtype,
@@ -37,6 +36,8 @@ def export(args: argparse.Namespace, output: Path, progress: Any, may_replace: t
         token=args.token,
         trust_remote_code=args.trust_remote_code,
         random_weights=args.random_weights,
+        from_config=args.from_config,
+        deferred=True,
         num_layers=args.num_layers,
         progress=progress,
     )
@@ -47,6 +48,7 @@ def export(args: argparse.Namespace, output: Path, progress: Any, may_replace: t
         attention=args.attention,
         logits=args.logits,
         single_file=args.single_file,
+        weights=args.weights,
         force=args.force,
         may_replace=may_replace,
         verify=not args.no_verify,
@@ -58,9 +60,11 @@ def summary(result: Any) -> str:
     lines = [
         f"{result.model_path}: {result.parameters / 1e6:.2f} M parameters, {result.dtype}, opset {result.opset}, attention {result.attention}, logits {result.logits}"
     ]
-    if result.verification is None:
+    if result.weights.how == "none":
+        lines.append("no weights yet: inspect and rewrite work, sa-export attach adds them")
+    elif result.verification is None and not any(note.startswith("Not compared") for note in result.notes):
         lines.append("not compared with the torch model (--no-verify)")
-    else:
+    if result.verification is not None:
         for case in result.verification.as_dict()["cases"]:
             lines.append("  " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in case.items()))
     lines += [f"note: {note}" for note in result.notes]

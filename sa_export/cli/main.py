@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-VERBS = ("convert", "export", "inspect", "rewrite", "check", "plot", "bench", "doctor")
+VERBS = ("convert", "export", "attach", "inspect", "rewrite", "check", "build", "plot", "bench", "doctor")
 
 EPILOG = """exit status: 0 ok, 1 a gate failed (or nothing was rewritten), 2 wrong usage or input
 

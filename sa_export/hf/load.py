@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ from sa_export.errors import UserError
 from sa_export.hf.architecture import check_architecture, read_config
 from sa_export.hf.progress import Progress, silent
 from sa_export.hf.quiet import quiet_libraries, sentence_of
+from sa_export.hf.skeleton import build_skeleton
 from sa_export.hf.source import resolve_source
-from sa_export.hf.weights import check_weights
+from sa_export.hf.weights import check_weights, stored_dtype
 
 DTYPES = ("float32", "float16", "bfloat16")
 _ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
@@ -28,7 +29,11 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A loaded causal language model, in evaluation mode, on the CPU, its parameters in `dtype`."""
+    """A causal language model, in evaluation mode, on the CPU.
+
+    Its parameters are in `dtype`, unless it was loaded `deferred`: then they are what the files hold (see `in_dtype`). From a
+    configuration alone it has none: they are fake tensors.
+    """
 
     source: str
     """What the user named: a folder or a hub id."""
@@ -38,11 +43,15 @@ class Checkpoint:
     model: Any = field(repr=False)
     tokenizer: Any | None = field(repr=False)
     dtype: str
-    """One of `DTYPES`."""
+    """One of `DTYPES`: what is exported."""
     random_weights: bool
     trust_remote_code: bool
     notes: tuple[str, ...] = ()
     """Sentences that the user should see: what was found and is not an error."""
+    files: tuple[Path, ...] = ()
+    """The weight files; none for random weights and for a configuration alone."""
+    loaded_dtype: str | None = None
+    """The element type of `model`'s parameters; None when they have no values."""
 
     @property
     def text_config(self) -> Any:
@@ -59,13 +68,16 @@ def load_checkpoint(
     token: str | None = None,
     trust_remote_code: bool = False,
     random_weights: bool = False,
+    from_config: bool = False,
+    deferred: bool = False,
     num_layers: int | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Checkpoint:
     """Loads a decoder-only causal language model. The network is used only when `source` is a hub id.
 
-    The weights are held once, in `dtype`: they go from the memory-mapped file to their place tensor by tensor.
+    The weights are held once, in `dtype`: they go from the memory-mapped file to their place tensor by tensor. Weights that are stored in
+    `dtype` stay in the mapped file and are read when they are used.
 
     Args:
         source: a folder with config.json and weights, or a hub id such as `org/name`.
@@ -73,7 +85,9 @@ def load_checkpoint(
         cache_dir, revision, token: as in `hf download`; for a hub id.
         trust_remote_code: lets Python code of the checkpoint run.
         random_weights: builds the model from the configuration alone, its weights drawn with `seed`.
-        num_layers: with `random_weights`: how many layers the model gets (1 .. the configuration's).
+        from_config: builds the model from the configuration alone, without any weights.
+        deferred: leaves weights that are stored in another type than `dtype` as they are, so that nothing is read; `in_dtype` converts.
+        num_layers: with `random_weights` or `from_config`: how many layers the model gets (1 .. the configuration's).
         progress: stages "download" and "load".
 
     Raises:
@@ -81,14 +95,17 @@ def load_checkpoint(
     """
     named = str(source)
     chosen = _dtype(dtype) if dtype is not None else None
-    if num_layers is not None and not random_weights:
-        raise UserError("num_layers makes a test model and goes with random weights only; add --random-weights.")
+    if random_weights and from_config:
+        raise UserError("Random weights and no weights exclude each other; give --random-weights or --from-config.")
+    unread = random_weights or from_config
+    if num_layers is not None and not unread:
+        raise UserError("num_layers makes a test model and goes with random weights or none; add --random-weights or --from-config.")
     folder = resolve_source(
         source,
         cache_dir=cache_dir,
         revision=revision,
         token=token,
-        weights=not random_weights,
+        weights=not unread,
         remote_code=trust_remote_code,
         progress=progress,
     )
@@ -96,19 +113,41 @@ def load_checkpoint(
     progress("load", None)
     with quiet_libraries():
         check_architecture(raw, named, trust_remote_code=trust_remote_code)
-        if not random_weights:
-            check_weights(folder)
+        files = () if unread else check_weights(folder)
         config = _config(folder, named, trust_remote_code)
         chosen = chosen or _own_dtype(config, named)
+        loaded = None if from_config else (stored_dtype(files) or chosen) if deferred and files else chosen
         notes: tuple[str, ...] = ()
-        if random_weights:
-            model = _random_model(config, named, chosen, num_layers, seed, trust_remote_code)
+        if num_layers is not None:
+            _shorten(config.get_text_config(decoder=True), num_layers)
+        if loaded is None:
+            model = build_skeleton(config, named, chosen, trust_remote_code=trust_remote_code)
+        elif random_weights:
+            model = _random_model(config, named, loaded, seed, trust_remote_code)
         else:
-            model, notes = _pretrained_model(folder, config, named, chosen, trust_remote_code)
+            model, notes = _pretrained_model(folder, config, named, loaded, trust_remote_code)
         tokenizer, more = _tokenizer(folder, trust_remote_code)
     model.eval().requires_grad_(False)
     progress("load", 1.0)
-    return Checkpoint(named, folder, model.config, model, tokenizer, chosen, random_weights, trust_remote_code, (*notes, *more))
+    return Checkpoint(
+        named, folder, model.config, model, tokenizer, chosen, random_weights, trust_remote_code, (*notes, *more), files, loaded
+    )
+
+
+def in_dtype(checkpoint: Checkpoint) -> Checkpoint:
+    """A deferred checkpoint with its model in its `dtype`: loaded again where the files hold another one, itself otherwise.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+    if checkpoint.loaded_dtype == checkpoint.dtype or not checkpoint.files:
+        return checkpoint
+    named = checkpoint.source
+    with quiet_libraries():
+        config = _config(checkpoint.folder, named, checkpoint.trust_remote_code)
+        model, _ = _pretrained_model(checkpoint.folder, config, named, checkpoint.dtype, checkpoint.trust_remote_code)
+    model.eval().requires_grad_(False)
+    return replace(checkpoint, model=model, config=model.config, loaded_dtype=checkpoint.dtype)
 
 
 def _dtype(name: str) -> str:
@@ -166,12 +205,10 @@ def _pretrained_model(folder: Path, config: Any, named: str, dtype: str, trust_r
     return model, ()
 
 
-def _random_model(config: Any, named: str, dtype: str, num_layers: int | None, seed: int, trust_remote_code: bool) -> Any:
+def _random_model(config: Any, named: str, dtype: str, seed: int, trust_remote_code: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    if num_layers is not None:
-        _shorten(config.get_text_config(decoder=True), num_layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

@@ -6,12 +6,13 @@ Letters: B batch, S new tokens, P tokens in the cache (0 at first), V vocabulary
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from sa_export.errors import UserError
 from sa_export.hf.quiet import sentence_of
+from sa_export.hf.skeleton import fake_mode
 
 BATCH, SEQUENCE, PAST = "batch_size", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {SEQUENCE}"
@@ -139,11 +140,17 @@ def step_module(model: Any, logits: str) -> Iterator[Any]:
 def probe(model: Any) -> tuple[CacheLayer, ...]:
     """The layers of the model's cache, found by running eight tokens; checks on the way that the model is what the export assumes.
 
+    A skeleton (`skeleton.build_skeleton`) runs without values: then the layers are found, and its modules' own word is taken for their
+    being causal.
+
     Raises:
         UserError: the model does not run, its logits depend on later tokens (it is bidirectional), or its state between steps is not
             one pair of [B, H, T, D] tensors a layer (recurrent and linear-attention models).
     """
     import torch
+
+    mode = fake_mode(model)
+    has_values = isinstance(mode, nullcontext)
 
     name = type(model).__name__
     tokens = 8
@@ -153,18 +160,15 @@ def probe(model: Any) -> tuple[CacheLayer, ...]:
     other[0, -1] = (other[0, -1] + vocabulary // 2) % vocabulary
     logits = []
     try:
-        with torch.no_grad():
-            for given in (ids, other):
+        with torch.no_grad(), mode:
+            for given in (ids, other) if has_values else (ids,):
                 cache = new_cache()
                 arguments = {"input_ids": given, "attention_mask": torch.ones_like(given), "position_ids": torch.arange(tokens)[None]}
                 out = model(**arguments, past_key_values=cache, use_cache=True, return_dict=True)
                 logits.append(out.logits.float())
     except Exception as error:
         raise UserError(f"{name} does not run as a causal language model with a key/value cache: {sentence_of(error)}") from error
-    scale = logits[0].abs().max().item()
-    # The same row of the same call shape differs by rounding alone (experts regroup their tokens).
-    noise = max(1e-5, 4 * torch.finfo(model.dtype).eps) * scale
-    if (logits[0][:, :-1] - logits[1][:, :-1]).abs().max().item() > noise:
+    if not _is_causal(model, logits):
         raise UserError(
             f"{name} is bidirectional: an earlier token sees a later one; only decoder-only causal language models can be exported."
         )
@@ -175,3 +179,17 @@ def probe(model: Any) -> tuple[CacheLayer, ...]:
             f"{name} keeps a state other than keys and values between steps (recurrent or linear attention); it cannot be exported."
         )
     return tuple(CacheLayer(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs)
+
+
+def _is_causal(model: Any, logits: list[Any]) -> bool:
+    """Whether two runs that differ in the last token alone agree on the others; without values, what the modules say."""
+    import torch
+
+    if len(logits) == 1:
+        return getattr(model.config, "is_causal", True) is not False and all(
+            getattr(module, "is_causal", True) is not False for module in model.modules()
+        )
+    scale = logits[0].abs().max().item()
+    # The same row of the same call shape differs by rounding alone (experts regroup their tokens).
+    noise = max(1e-5, 4 * torch.finfo(model.dtype).eps) * scale
+    return bool((logits[0][:, :-1] - logits[1][:, :-1]).abs().max().item() <= noise)

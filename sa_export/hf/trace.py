@@ -1,4 +1,4 @@
-"""The torch model as an ONNX graph: traced by `torch.onnx` (dynamo), its names and dimensions put in order, written to disk."""
+"""The torch model as an ONNX graph: traced by `torch.onnx` (dynamo) without its weights, its names and dimensions put in order."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 from sa_export.errors import UserError
 from sa_export.hf import interface
-from sa_export.hf.progress import Progress
 from sa_export.hf.quiet import sentence_of
+from sa_export.hf.skeleton import is_fake
 from sa_export.hf.step import BATCH, PAST, SEQUENCE, TOTAL, CacheLayer, TensorSpec, step_module
 
 ATTENTIONS = ("sdpa", "eager", "sample")
@@ -21,6 +20,9 @@ DATA_FILE = "model.onnx.data"
 
 _KEPT_METADATA = ("pkg.torch.onnx.name_scopes",)
 """Of the exporter's notes on nodes only the module path stays; stack traces would carry the paths of this machine into the file."""
+_INLINE_BYTES = 2**20
+"""Constants that code computes stay inside the model up to this size."""
+_ALIGNMENT = 4096
 _EXAMPLE_BATCH, _EXAMPLE_TOKENS, _EXAMPLE_PAST = 2, 5, 3
 """Sizes of the example that is traced: all different, none 0 or 1, since torch.export takes those for constants."""
 
@@ -80,10 +82,10 @@ def traceable_experts(model: Any) -> Iterator[bool]:
 def trace(
     model: Any, layers: tuple[CacheLayer, ...], inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, opset: int, logits: str
 ) -> Any:
-    """The model as an `onnx_ir.Model` whose initializers are the model's own tensors (nothing is copied).
+    """The model as an `onnx_ir.Model`. A weight of a skeleton has a name, a type and a shape, and no value yet (`to_proto`).
 
     Args:
-        model: on the CPU, in evaluation mode, its attention implementation chosen.
+        model: on the CPU, in evaluation mode, its attention implementation chosen; from `build_skeleton`.
         layers: of its cache.
         inputs, outputs: names and shapes of the graph's inputs and outputs, in order.
         opset: version of the standard operators, 18 to 24.
@@ -122,50 +124,114 @@ def trace(
                 input_names=[spec.name for spec in inputs],
                 output_names=[spec.name for spec in outputs],
                 verbose=False,
+                optimize=False,
             )
+            assert program is not None  # dynamo=True always gives a program
+            weights = _without_values(program.model)
+            with _quick_matching():
+                program.optimize()
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"torch.onnx cannot export {type(model).__name__} at opset {opset}: {_root_cause(error)}") from error
-    assert program is not None  # dynamo=True always gives a program
     graph_model = program.model
+    for name, value in graph_model.graph.initializers.items():
+        if name in weights:
+            value.const_value = weights[name]
     _name_dimensions(graph_model, inputs, outputs)
     _drop_metadata(graph_model)
     _name_weights(graph_model)
     return graph_model
 
 
-def write(graph_model: Any, folder: Path, *, single_file: bool, progress: Progress) -> int:
-    """Writes `model.onnx` and, unless `single_file`, `model.onnx.data`; gives SampleAttention nodes their function bodies.
+@contextmanager
+def _quick_matching() -> Iterator[None]:
+    """onnxscript's optimizer without a cost that grows with the square of the graph, until the block ends; its results are the same.
 
-    Tensors go to the file one by one; the graph proto itself is small. Returns the number of SampleAttention nodes.
+    It tries every node of the graph as the first output of a pattern that has several (0.7.2: two slices that make a split), and looks
+    through all nodes each time. Here a node of another operator than the pattern's is passed over at once.
     """
-    import onnx
+    try:
+        from onnxscript.rewriter._basics import MatchResult
+        from onnxscript.rewriter._matcher import SimplePatternMatcher
+    except ImportError:  # another version of onnxscript: slower for deep models, that is all
+        yield
+        return
+    before = SimplePatternMatcher.match
+
+    def match(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        outputs = self.pattern.output_nodes
+        wanted = outputs[0].op_identifier() if len(outputs) > 1 else None
+        if wanted is not None and wanted != node.op_identifier():
+            return MatchResult().fail("Another operator.")
+        return before(self, model, graph, node, **options)
+
+    SimplePatternMatcher.match = match
+    try:
+        yield
+    finally:
+        SimplePatternMatcher.match = before
+
+
+def _without_values(graph_model: Any) -> dict[str, Any]:
+    """Takes the tensors of weights away from a graph that is to be optimized, and returns them by name.
+
+    The optimizer folds small tensors into new constants (a cast of a norm's scale), which no file of the checkpoint holds.
+    """
+    weights = {}
+    for name, value in graph_model.graph.initializers.items():
+        if is_fake(getattr(value.const_value, "raw", None)):
+            weights[name] = value.const_value
+            value.const_value = None
+    return weights
+
+
+def to_proto(graph_model: Any, *, inline: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The traced graph as a pending `onnx.ModelProto`, its SampleAttention nodes with their function bodies, and its large constants.
+
+    Each weight, and each constant of more than a mebibyte, is an external tensor of `DATA_FILE`, one behind the other; that file does
+    not exist, and the metadata of the model say so (`external_data.PENDING`).
+
+    Args:
+        inline: keeps large constants inside the model.
+
+    Returns:
+        The model, and the values (torch) of the large constants by name.
+    """
     import onnx_ir
 
+    from graph_passes import external_data
+    from graph_passes.body import attach
+
+    constants: dict[str, Any] = {}
+    at = 0
+    for name, value in graph_model.graph.initializers.items():
+        tensor = value.const_value
+        if not is_fake(getattr(tensor, "raw", None)):
+            if inline or tensor.nbytes <= _INLINE_BYTES:
+                continue
+            constants[name] = _as_torch(tensor)
+        value.const_value = onnx_ir.ExternalTensor(DATA_FILE, at, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir="")
+        at = -(-(at + tensor.nbytes) // _ALIGNMENT) * _ALIGNMENT
+    proto = onnx_ir.to_proto(graph_model)
+    attach(proto)
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = external_data.PENDING, "1"
+    return proto, constants
+
+
+def sample_attention_nodes(model: Any) -> int:
+    """How many SampleAttention nodes the main graph of an `onnx.ModelProto` has."""
     from graph_passes import op
 
-    path = folder / MODEL_FILE
-
-    def callback(_: Any, state: Any) -> None:
-        progress("write", (state.index + 1) / max(state.total, 1))
-
-    onnx_ir.save(graph_model, path, external_data=None if single_file else DATA_FILE, callback=None if single_file else callback)
-    sites = sum(node.domain == op.DOMAIN and node.op_type == op.OP_TYPE for node in graph_model.graph)
-    if sites:
-        from graph_passes.body import attach
-
-        proto = onnx.load(path, load_external_data=False)
-        attach(proto)
-        path.write_bytes(proto.SerializeToString())
-    progress("write", 1.0)
-    return sites
+    return sum(node.domain == op.DOMAIN and node.op_type == op.OP_TYPE for node in model.graph.node)
 
 
-def release(graph_model: Any) -> None:
-    """Lets go of the weights of a graph that is done with: rules of the graph optimizer go on holding parts of the last graph they saw."""
-    for value in graph_model.graph.initializers.values():
-        value.const_value = None
+def _as_torch(tensor: Any) -> Any:
+    import torch
+
+    raw = getattr(tensor, "raw", None)
+    return raw.detach() if isinstance(raw, torch.Tensor) else torch.from_numpy(tensor.numpy().copy())
 
 
 def _name_dimensions(graph_model: Any, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:

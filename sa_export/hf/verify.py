@@ -27,6 +27,9 @@ its rounded constants alone (where 1/sqrt(D) is no power of two: up to 0.6 of to
 LARGEST_PER_RMS = 2.0
 """What largest differences may be on top of that: those of two correct implementations of equal root mean square differ by up to this."""
 
+_BYTES_A_PARAMETER = {"float32": 8, "float16": 8, "bfloat16": 10}
+_MARGIN_BYTES = 2**29
+
 
 @dataclass(frozen=True)
 class CaseResult:
@@ -74,6 +77,30 @@ class _Outputs:
 
     logits: np.ndarray
     cache: tuple[np.ndarray, ...]
+
+
+def memory_shortage(parameters: int, dtype: str) -> str | None:
+    """Why an export cannot be compared with torch on this machine, as a sentence; None when there is memory enough.
+
+    Counted are, in float32, ONNX Runtime's weights and the transposed copies it makes of them; in float16 and bfloat16 the torch model in
+    float32 stands in their place first. The checkpoint itself is mapped and can be paged out.
+    """
+    need = parameters * _BYTES_A_PARAMETER[dtype] + _MARGIN_BYTES
+    free = _available_bytes()
+    if free is None or need <= free:
+        return None
+    return (
+        f"Not compared with the torch model: that takes about {need / 2**30:.0f} GiB of memory and {free / 2**30:.0f} GiB are free; "
+        f"to prove this export, run it on a machine with more."
+    )
+
+
+def _available_bytes() -> int | None:
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def verify_export(model_path: str | Path, checkpoint: Checkpoint, *, seed: int = 0, progress: Progress = silent) -> Verification:

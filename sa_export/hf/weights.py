@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sa_export.errors import UserError
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _AGAIN = "fetch or save the checkpoint again"
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HEADER_LIMIT = 100_000_000
 """The safetensors format bounds its JSON header to this many bytes."""
 
@@ -63,6 +65,27 @@ def _check_file(path: Path) -> frozenset[str] | None:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is truncated or corrupt (not a PyTorch archive); {_AGAIN}.")
     return None
+
+
+def stored_dtype(files: tuple[Path, ...]) -> str | None:
+    """The element type (float32, float16 or bfloat16) of most bytes in checked safetensors files; None for other files."""
+    held: Counter[str] = Counter()
+    for path in files:
+        if path.suffix != ".safetensors":
+            return None
+        for entry in safetensors_header(path).values():
+            held[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    known = {name: count for name, count in held.items() if name in _FLOATS}
+    return _FLOATS[max(known, key=lambda name: known[name])] if known else None
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Name -> dtype, shape, data_offsets of each tensor of a checked safetensors file."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header
 
 
 def _safetensors_names(path: Path) -> frozenset[str]:

@@ -9,26 +9,36 @@ from pathlib import Path
 
 from sa_export.errors import UserError
 
-__all__ = ["ABI_VERSION", "BlockLists", "PrefillParams", "Problem", "Tensor", "find_library", "load", "message_of"]
+__all__ = ["ABI_VERSION", "BlockLists", "PrefillParams", "Problem", "Support", "Tensor", "find_library", "load", "message_of"]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 _NAME = "libsample_attention_kernels.so"
 _VARIABLE = "SA_EXPORT_KERNELS"
-_MESSAGE_BYTES = 512
+_MESSAGE_BYTES = 512  # of sa_support.text too
 
 
 class Problem(ctypes.Structure):
     """`sa_problem` of plugins/include/sample_attention/types.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("dtype", "batch", "heads", "kv_heads", "queries", "keys", "head_dim")),
+        *((name, ctypes.c_int32) for name in ("dtype", "batch", "heads", "kv_heads", "queries", "keys", "head_dim", "value_dim")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         ("policy", ctypes.c_int32),
-        ("alpha", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("alpha", "alpha_slash")),
         *((name, ctypes.c_int32) for name in ("stride", "sample_rows", "value_weight", "segment")),
         *((name, ctypes.c_float) for name in ("sample_ratio", "window_ratio")),
         *((name, ctypes.c_int32) for name in ("block_q", "block_k", "window", "sink", "dense_rows", "min_length")),
+        *((name, ctypes.c_int32) for name in ("has_key_mask", "has_certificate", "path")),
         ("scratch_bytes", ctypes.c_int64),
+    ]
+
+
+class Support(ctypes.Structure):
+    """`sa_support`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("code", "path", "select_path", "reserved")),
+        ("text", ctypes.c_char * _MESSAGE_BYTES),
     ]
 
 
@@ -54,7 +64,8 @@ class PrefillParams(ctypes.Structure):
     _fields_ = [
         ("problem", Problem),
         *((name, Tensor) for name in ("query", "key", "value", "output")),
-        *((name, ctypes.c_void_p) for name in ("alpha", "bounds", "lse")),
+        *((name, ctypes.c_void_p) for name in ("alpha", "bounds", "lse", "alpha_slash", "key_mask", "certificate")),
+        *((name, ctypes.c_void_p) for name in ("host_alpha", "host_alpha_slash")),
     ]
 
 
@@ -90,13 +101,15 @@ def load() -> ctypes.CDLL:
     signatures: dict[str, tuple[object, tuple[object, ...]]] = {
         "sa_abi_version": (code, ()),
         "sa_build_info": (text, ()),
-        "sa_supports": (code, (problem, code, text, size)),
+        "sa_supports": (code, (problem, code, ctypes.POINTER(Support))),
+        "sa_path_name": (text, (code,)),
         "sa_is_full": (code, (problem,)),
         "sa_workspace_bytes": (ctypes.c_int64, (problem,)),
         "sa_chunk_tiles": (code, (problem,)),
-        "sa_prefill": (code, (params, *workspace, pointer, text, size)),
+        "sa_mass_rows": (code, (problem, code)),
+        "sa_run": (code, (params, *workspace, pointer, text, size)),
         "sa_sample": (code, (params, code, code, pointer, *workspace, pointer, text, size)),
-        "sa_filter": (code, (params, pointer, lists, pointer, text, size)),
+        "sa_filter": (code, (params, pointer, lists, *workspace, pointer, text, size)),
         "sa_attend": (code, (params, lists, *workspace, pointer, text, size)),
         "sa_decode": (code, (params, *workspace, pointer, text, size)),
     }

@@ -111,6 +111,10 @@ class Spelling:
         dtype: float type of queries, keys and values.
         past: the keys and values of earlier calls are inputs, joined in front.
         static: all lengths are numbers: batch 2, 8 rows, past 3.
+        product: how the two products are written: `4d`, `3d` (batch and heads in one axis), `grouped` (query heads of a group in an
+            axis of their own), `einsum`, or `fused` (FusedMatMul of ONNX Runtime).
+        softcap: `div` (Div, Tanh, Mul), `mul` (Mul, Tanh, Mul), or empty.
+        parts: softmax as Exp, ReduceSum and Div.
     """
 
     mask: MaskMaker | None = causal_padding
@@ -124,6 +128,13 @@ class Spelling:
     past: bool = True
     opset: int = 20
     static: bool = False
+    product: str = "4d"
+    softcap: str = ""
+    parts: bool = False
+
+
+CAP = 1.5
+"""The soft-cap of `Spelling.softcap`; small enough to bend the scores of random inputs."""
 
 
 def attention(s: Spelling = Spelling(), *, change: Callable[[Builder, str, str], str] | None = None) -> onnx.ModelProto:
@@ -171,10 +182,10 @@ def attention(s: Spelling = Spelling(), *, change: Callable[[Builder, str, str],
     factor = b.const(0.25, real)
     if s.scale in ("q", "both"):
         q = b.op("Mul", q, b.const(root if s.scale == "both" else 0.25, real))
-    kt = _transposed(b, s, k, k_heads, kv_heads)
+    kt = _transposed(b, s, k, k_heads, kv_heads) if s.product == "4d" else ""
     if s.scale in ("k", "both"):
         kt = b.op("Mul", b.const(root if s.scale == "both" else 0.25, real), kt)
-    scores = b.op("MatMul", q, kt)
+    scores = b.op("MatMul", q, kt) if s.product == "4d" else _product(b, s, q, k_heads)
     if s.scale == "after":
         scores = b.op("Mul", scores, factor)
     elif s.scale == "div":
@@ -182,6 +193,9 @@ def attention(s: Spelling = Spelling(), *, change: Callable[[Builder, str, str],
     elif s.scale == "computed":
         width = b.op("Cast", b.dim("query", 3), to=s.dtype)
         scores = b.op("Mul", scores, b.op("Div", b.const(1.0, real), b.op("Sqrt", width)))
+    if s.softcap:
+        inner = b.op("Div", scores, b.const(CAP, real)) if s.softcap == "div" else b.op("Mul", scores, b.const(1 / CAP, real))
+        scores = b.op("Mul", b.op("Tanh", inner), b.const(CAP, real))
     scores = change(b, "scores", scores) if change else scores
     if s.mask is not None:
         scores = _masked(b, s, scores, s.mask(b, t), real)
@@ -190,18 +204,60 @@ def attention(s: Spelling = Spelling(), *, change: Callable[[Builder, str, str],
     scores = change(b, "masked", scores) if change else scores
     if s.cast:
         scores = b.op("Cast", scores, to=TensorProto.FLOAT)
-    p = b.op("Softmax", scores, axis=-1)
+    p = _softmax_in_parts(b, scores) if s.parts else b.op("Softmax", scores, axis=-1)
     if s.cast:
         p = b.op("Cast", p, to=s.dtype)
     if s.guard:
         p = b.op("Where", b.op("IsNaN", p), b.const(0.0, real), p)
     p = change(b, "probabilities", p) if change else p
-    v_all = _repeated(b, s, v_heads, DV) if s.repeat == "expand" else v_heads
-    out = b.op("MatMul", p, v_all)
+    v_all = _repeated(b, s, v_heads, DV) if s.repeat == "expand" and s.product != "grouped" else v_heads
+    out = b.op("MatMul", p, v_all) if s.product == "4d" else _with_values(b, s, p, v_all)
     out = change(b, "result", out) if change else out
     result = b.op("Transpose", out, perm=[0, 2, 1, 3], name="result")
     b.output(result, s.dtype)
     return b.model()
+
+
+def _product(b: Builder, s: Spelling, q: str, k: str) -> str:
+    """The scores [B, Hq, S, T] by another product than that of four axes."""
+    if s.product == "grouped":
+        five = b.op("Reshape", q, b.const([0, HKV, HQ // HKV, -1, D]))
+        keys = b.op("Unsqueeze", b.op("Transpose", k, perm=[0, 1, 3, 2]), b.const([2]))
+        scores = b.op("MatMul", five, keys)
+        shape = b.op("Concat", b.const([0, HQ]), b.dim(scores, 3), b.dim(scores, 4), axis=0)
+        return b.op("Reshape", scores, shape)
+    k = _repeated(b, s, k, D)
+    if s.product == "einsum":
+        return b.op("Einsum", q, k, equation="bhid,bhjd->bhij")
+    if s.product == "fused":
+        return b.op("FusedMatMul", q, k, domain="com.microsoft", transB=1, alpha=1.0)
+    rows, keys, batch = b.dim(q, 2), b.dim(k, 2), b.dim(q, 0)
+    q3 = b.op("Reshape", q, b.op("Concat", b.const([-1]), rows, b.const([D]), axis=0))
+    k3 = b.op("Reshape", k, b.op("Concat", b.const([-1]), keys, b.const([D]), axis=0))
+    scores = b.op("MatMul", q3, b.op("Transpose", k3, perm=[0, 2, 1]))
+    return b.op("Reshape", scores, b.op("Concat", batch, b.const([HQ]), rows, keys, axis=0))
+
+
+def _with_values(b: Builder, s: Spelling, p: str, v: str) -> str:
+    """The product of probabilities and values, [B, Hq, S, Dv], in the same spelling."""
+    if s.product == "grouped":
+        shape = b.op("Concat", b.const([0, HKV, HQ // HKV]), b.dim(p, 2), b.dim(p, 3), axis=0)
+        five = b.op("MatMul", b.op("Reshape", p, shape), b.op("Unsqueeze", v, b.const([2])))
+        return b.op("Reshape", five, b.const([0, HQ, -1, DV]))
+    if s.product == "einsum":
+        return b.op("Einsum", p, v, equation="bhij,bhjd->bhid")
+    if s.product == "fused":
+        return b.op("FusedMatMul", p, v, domain="com.microsoft")
+    rows, keys, batch = b.dim(p, 2), b.dim(p, 3), b.dim(p, 0)
+    p3 = b.op("Reshape", p, b.op("Concat", b.const([-1]), rows, keys, axis=0))
+    v3 = b.op("Reshape", v, b.op("Concat", b.const([-1]), keys, b.const([DV]), axis=0))
+    out = b.op("MatMul", p3, v3)
+    return b.op("Reshape", out, b.op("Concat", batch, b.const([HQ]), rows, b.const([DV]), axis=0))
+
+
+def _softmax_in_parts(b: Builder, x: str) -> str:
+    e = b.op("Exp", b.op("Sub", x, b.op("ReduceMax", x, b.const([-1]))))
+    return b.op("Div", e, b.op("ReduceSum", e, b.const([-1])))
 
 
 def _repeated(b: Builder, s: Spelling, x: str, width: int) -> str:

@@ -1,4 +1,7 @@
-"""The ONNX Attention operator: rewritten where it is full causal attention by proof, declined elsewhere."""
+"""The ONNX Attention operator: rewritten where it is full causal attention by proof, declined elsewhere.
+
+The operator's own conformance cases are in `test_attention_conformance`.
+"""
 
 from __future__ import annotations
 
@@ -62,6 +65,9 @@ CASES = {
     "causal flag without a past": {"mask": "none", "past_outside": False, "is_causal": 1},
     "causal flag and mask, no past": {"past_outside": False, "is_causal": 1},
     "opset 24": {"opset": 24},
+    "soft-cap": {"softcap": 1.5},
+    "causal flag on more keys than rows": {"mask": "none", "is_causal": 1},
+    "product that nothing reads": {"outputs": 4},
 }
 
 
@@ -75,9 +81,10 @@ def test_is_found_and_equal(name: str, tmp_path: Path) -> None:
     assert site.kv_heads == options.get("heads", HKV)
     assert site.scale == pytest.approx(options.get("scale", D**-0.5), rel=1e-6)
     assert site.mask.kind == ("causal" if options.get("mask") == "none" else "causal+padding")
+    assert site.softcap == options.get("softcap", 0)
     out, _ = running.rewritten(path)
     full, sparse = running.Session(path), running.Session(out)
-    for batch, rows, past in ((2, 24, 0), (3, 5, 17)):
+    for batch, rows, past in ((2, 24, 0), (3, 5, 17), (2, 1, 9)):
         if past and not options.get("past_outside", True):
             continue
         for pad in ("none",) if options.get("mask") == "none" else ("none", "left", "right"):
@@ -86,16 +93,23 @@ def test_is_found_and_equal(name: str, tmp_path: Path) -> None:
             assert running.largest_difference(full(data)["result"], sparse(data)["result"], real) < 2e-6
 
 
+def test_a_window_to_the_right_that_is_causality(tmp_path: Path) -> None:
+    model = attention(opset=25, mask="none", past_outside=False, right_window_size=0)
+    (site,) = inspect(running.save(model, tmp_path)).sites
+    assert site.mask.kind == "causal"
+
+
 REFUSED = {
-    "top left": ({"mask": "none", "is_causal": 1}, "it is kv <= q, needed is kv <= past + q"),
     "top left and mask": ({"is_causal": 1}, "it is kv <= q, needed is kv <= past + q"),
     "no mask": ({"mask": "none"}, "no mask"),
-    "soft-cap": ({"softcap": 30.0}, "softcap 30"),
-    "past inside": ({"inputs": ("past_keys", "past_values")}, "takes past keys inside"),
-    "lengths of batch items": ({"opset": 24, "inputs": ("", "", "nonpad")}, "nonpad_kv_seqlen"),
     "window of opset 25": ({"opset": 25, "left_window_size": 7}, "left_window_size 7"),
+    "looks ahead": ({"opset": 25, "mask": "none", "right_window_size": 3}, "right_window_size 3"),
     "an attribute of a later opset": ({"surprise": 1}, "attribute surprise"),
-    "product is read": ({"outputs": 4, "used": 3}, "product of queries and keys of the operator are used"),
+    "product is read": ({"outputs": 4, "used": 3}, "product of queries and keys of the operator is used"),
+    "lengths of batch items, causal, and a mask": (
+        {"opset": 24, "is_causal": 1, "inputs": ("", "", "nonpad")},
+        "counts the rows of each batch item from its own length",
+    ),
 }
 
 

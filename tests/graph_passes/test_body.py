@@ -302,7 +302,7 @@ def test_attach_adds_each_variant_once_and_is_idempotent() -> None:
     residue, dense = op.Policy(policy="residue", min_length=0), op.Policy(policy="dense")
     model = chain([residue, dense, residue, residue.replace(alpha=0.5), residue], [False, False, False, False, True])
     attach(model)
-    assert [f.overload for f in model.functions] == ["residue", "dense", "residue.mask"]
+    assert [f.overload for f in model.functions] == ["tensorrt_needs_the_plugin", "residue", "dense", "residue.mask"]
     assert [n.overload for n in model.graph.node] == ["residue", "dense", "residue", "residue", "residue.mask"]
     assert model.ir_version == 10
     assert {o.domain: o.version for o in model.opset_import} == {"": 20, op.DOMAIN: op.VERSION}
@@ -317,7 +317,7 @@ def test_attach_keeps_other_functions_and_leaves_other_models_alone() -> None:
     model = chain([op.Policy()])
     model.functions.append(other)
     attach(model)
-    assert [(f.domain, f.name) for f in model.functions] == [("other", "F"), (op.DOMAIN, op.OP_TYPE)]
+    assert [(f.domain, f.name) for f in model.functions] == [(op.DOMAIN, op.OP_TYPE), ("other", "F"), (op.DOMAIN, op.OP_TYPE)]
     plain = helper.make_model(helper.make_graph([], "g", [], []), opset_imports=[helper.make_opsetid("", 9)], ir_version=4)
     before = plain.SerializeToString()
     attach(plain)
@@ -333,7 +333,7 @@ def test_attach_reaches_subgraphs() -> None:
     graph = helper.make_graph([node], "g", [condition, *inner.graph.input], [result])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     attach(model)
-    assert [f.overload for f in model.functions] == ["dense"]
+    assert [f.overload for f in model.functions] == ["tensorrt_needs_the_plugin", "dense"]
     case = Case(s=20, t=30, d=16)
     x = case.tensors()
     feeds = {"c": np.array(True), "x0": x["query"], "key": x["key"], "value": x["value"]}

@@ -153,6 +153,44 @@ def test_one_row_sees_every_key(tmp_path: Path) -> None:
     assert np.abs(running.Session(path)(data)["result"] - running.Session(out)(data)["result"]).max() < 2e-6
 
 
+def square(b: Builder, t: Tensors) -> str:
+    """A square of the new tokens, expanded to all keys: a call of several rows has no past, or it fails."""
+    rows = b.op("Range", b.const(0), b.scalar(t.q, 2), b.const(1))
+    new = b.op("LessOrEqual", b.op("Unsqueeze", rows, b.const([0, 1, 2])), b.op("Unsqueeze", rows, b.const([0, 1, 3])))
+    shape = b.op("Concat", b.dim(t.q, 0), b.const([1]), b.dim(t.q, 2), b.dim(t.k, 2), axis=0)
+    return b.op("And", b.op("Expand", new, shape), builder.padding(b, t))
+
+
+def test_a_square_of_the_new_tokens_expanded_to_all_keys(tmp_path: Path) -> None:
+    model = builder.attention(Spelling(mask=square))
+    path = running.save(model, tmp_path)
+    (site,) = inspect(path).sites
+    assert site.mask.kind == "causal+padding"
+    assert [e.split(":")[0] for e in site.evidence[:2]] == ["for past = 0", "for past = 0"]
+    assert any(e.startswith("for seq = 1: mask proved") for e in site.evidence)
+    out, _ = running.rewritten(path)
+    full, sparse = running.Session(path), running.Session(out)
+    for batch, rows, past in ((2, 20, 0), (2, 1, 9)):
+        data = builder.feeds(model, batch, rows, past, pad="left")
+        real = running.real_rows(data["attention_mask"], rows)
+        assert running.largest_difference(full(data)["result"], sparse(data)["result"], real) < 2e-6
+    with pytest.raises(Exception, match="Expand"):
+        full(builder.feeds(model, 2, 5, 9))
+
+
+def test_a_strict_square_is_declined(tmp_path: Path) -> None:
+    """Causal for one row only: without a past a row does not see itself."""
+
+    def strict_square(b: Builder, t: Tensors) -> str:
+        rows = b.op("Range", b.const(0), b.scalar(t.q, 2), b.const(1))
+        new = b.op("Less", b.op("Unsqueeze", rows, b.const([0, 1, 2])), b.op("Unsqueeze", rows, b.const([0, 1, 3])))
+        shape = b.op("Concat", b.dim(t.q, 0), b.const([1]), b.dim(t.q, 2), b.dim(t.k, 2), axis=0)
+        return b.op("Expand", new, shape)
+
+    (declined,) = inspect(running.save(builder.attention(Spelling(mask=strict_square)), tmp_path)).declined
+    assert "hides the last 1 of the keys" in declined.reason
+
+
 BAD = {
     "folded, one later": (folded(1), "sees keys that come after"),
     "folded, one earlier": (folded(-1), "hides the last 1 of the keys"),
@@ -164,6 +202,13 @@ def test_shifted_constants_are_declined(name: str, tmp_path: Path) -> None:
     make, reason = BAD[name]
     (declined,) = inspect(running.save(builder.attention(replace(STATIC, mask=make)), tmp_path)).declined
     assert reason in declined.reason
+
+
+def test_a_constant_band_is_a_window(tmp_path: Path) -> None:
+    band = np.tri(ROWS, ROWS + PAST, PAST, dtype=bool) & ~np.tri(ROWS, ROWS + PAST, PAST - 4, dtype=bool)
+    spelling = replace(STATIC, mask=lambda b, t: b.const(band[None, None], bool))
+    (declined,) = inspect(running.save(builder.attention(spelling), tmp_path)).declined
+    assert "sliding window of 4 keys" in declined.reason
 
 
 def test_a_constant_that_is_no_triangle_is_declined(tmp_path: Path) -> None:
@@ -204,14 +249,14 @@ def test_the_evaluation_catches_a_wrong_claim(name: str) -> None:
     core = softmax_core.find_core(sg, softmax)
     keys = KeyMask("attention_mask") if "window" in name or name == "padding only" else None
     with pytest.raises(Refusal, match="evaluates otherwise"):
-        crosscheck(sg, core.terms, Mask(keys), softmax_core.measure(sg, core))
+        crosscheck(sg, core.terms, Mask(keys), softmax_core.measure(sg, core).grid)
 
 
 def test_the_evaluation_catches_a_window_as_wide_as_a_context_without_a_past() -> None:
     sg = SymbolicGraph(gs.import_onnx(builder.attention(Spelling(mask=sliding(4096), past=False))))
     core = softmax_core.find_core(sg, next(n for n in sg.graph.nodes if n.op == "Softmax"))
     with pytest.raises(Refusal, match="evaluates otherwise"):
-        crosscheck(sg, core.terms, Mask(KeyMask("attention_mask")), softmax_core.measure(sg, core))
+        crosscheck(sg, core.terms, Mask(KeyMask("attention_mask")), softmax_core.measure(sg, core).grid)
 
 
 @pytest.mark.parametrize("claim", [None, KeyMask("attention_mask", test="zero")])
@@ -219,4 +264,4 @@ def test_the_evaluation_catches_wrong_padding(claim: KeyMask | None) -> None:
     sg = SymbolicGraph(gs.import_onnx(builder.attention()))
     core = softmax_core.find_core(sg, next(n for n in sg.graph.nodes if n.op == "Softmax"))
     with pytest.raises(Refusal, match="evaluates otherwise"):
-        crosscheck(sg, core.terms, Mask(claim), softmax_core.measure(sg, core))
+        crosscheck(sg, core.terms, Mask(claim), softmax_core.measure(sg, core).grid)

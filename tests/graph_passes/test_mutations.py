@@ -22,6 +22,8 @@ BASES = (
     Spelling(scale="both", transpose="3d", guard=True, mask_as="add_inf"),
     Spelling(mask_as="where", scale="div", transpose="bshd"),
     Spelling(past=False, mask_as="unless", cast=True),
+    Spelling(product="3d", softcap="div"),
+    Spelling(product="grouped", softcap="mul", mask_as="where"),
 )
 MUTANTS = int(os.environ.get("SA_MUTANTS", "120"))
 

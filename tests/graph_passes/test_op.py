@@ -17,9 +17,13 @@ from graph_passes.op import Policy
 DOCUMENT = Path(__file__).parents[2] / "docs" / "op.md"
 
 
-def test_defaults_are_a_valid_tile_policy() -> None:
+def test_defaults_are_what_the_documents_say() -> None:
     policy = Policy()
-    assert (policy.policy, policy.sample_rows, policy.block_q, policy.block_k, policy.alpha) == ("tile", 64, 128, 64, (0.75,))
+    assert (policy.policy, policy.stride, policy.block_q, policy.block_k, policy.alpha) == ("residue", 16, 128, 64, (0.75,))
+    text = (Path(__file__).parents[2] / "docs/op.md").read_text()
+    table = {c[1].strip().strip("`"): c[3].strip().strip("`") for c in (line.split("|") for line in text.splitlines() if line.count("|") == 6)}
+    for name, value in policy.as_dict().items():
+        assert table[name] == str(value), name
 
 
 def test_fields_are_the_attributes() -> None:

@@ -292,7 +292,7 @@ def test_a_sink_that_gives_nothing_does_not_hide_the_rest() -> None:
     logits[0], logits[200:216] = math.log(19 * t), math.log(4)  # of the rest, block 3 (192..255) has the most
     query, value = np.ones((1, 1, t, 1)), np.ones((1, 1, t, 4))
     value[:, :, 0] = 1e-3
-    policy = op.Policy(min_length=0, alpha=0.25, dense_rows=0, sink=1)
+    policy = op.Policy(policy="tile", min_length=0, alpha=0.25, dense_rows=0, sink=1)
     selection = reference.select(query, logits[None, None], value, None, policy, 1.0)
     assert selection.certificate[0, 0, 0] > 0.9
     np.testing.assert_array_equal(np.flatnonzero(selection.block_mask[0, 0, 3]), [0, 3, 6, 7])

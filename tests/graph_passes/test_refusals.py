@@ -145,6 +145,14 @@ def softcap(b: Builder, x: str) -> str:
     return b.op("Mul", b.op("Tanh", b.op("Div", x, cap)), cap)
 
 
+def masked_before_the_cap(b: Builder, x: str) -> str:
+    return softcap(b, weak_mask(b, x, builder.LOWEST))
+
+
+def capped_twice(b: Builder, x: str) -> str:
+    return softcap(b, softcap(b, x))
+
+
 def sinks(b: Builder, x: str) -> str:
     rows = b.op("Concat", b.dim("query", 0), b.const([HQ]), b.dim("query", 2), b.const([1]), axis=0)
     return b.op("Concat", x, b.op("Expand", b.const(np.ones((1, HQ, 1, 1)), np.float32), rows), axis=-1)
@@ -161,7 +169,7 @@ def learned_bias(b: Builder, x: str) -> str:
     return b.op("Add", x, table)
 
 
-def weak_mask(b: Builder, x: str) -> str:
+def weak_mask(b: Builder, x: str, fill: float = -2.0) -> str:
     return b.op(
         "Add",
         x,
@@ -169,7 +177,7 @@ def weak_mask(b: Builder, x: str) -> str:
             "Where",
             builder.causal(b, Tensors("query", "present_key", "attention_mask", "past_key")),
             b.const(0.0, np.float32),
-            b.const(-2.0, np.float32),
+            b.const(fill, np.float32),
         ),
     )
 
@@ -207,7 +215,9 @@ def dropped_at_random(b: Builder, x: str) -> str:
 
 
 CHANGES: dict[str, tuple[Change, str, str]] = {
-    "soft-cap": (at("scores", softcap), "soft-capping", "Tanh"),
+    "mask before the soft-cap": (at("scores", masked_before_the_cap), "applied before the soft-cap", "Add"),
+    "soft-cap after the mask": (at("masked", softcap), "applied before the soft-cap", "Add"),
+    "soft-cap twice": (at("scores", capped_twice), "Tanh twice", "Tanh"),
     "sinks": (at("masked", sinks), "attention sink", "Concat"),
     "alibi": (at("scores", alibi), "not a mask of 0 and -inf but a bias", ""),
     "learned bias": (at("scores", learned_bias), "bias", ""),
@@ -290,19 +300,32 @@ def test_attention_inside_of_a_function_is_listed(tmp_path: Path) -> None:
     assert "inside of Probabilities" in site.reason
 
 
-@pytest.mark.parametrize("op", ["MultiHeadAttention", "GroupQueryAttention", "Attention", "PagedAttention"])
-def test_fused_operators_of_onnx_runtime_are_listed(op: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("op", "reason"),
+    [
+        ("MultiHeadAttention", "no mask"),
+        ("GroupQueryAttention", "lacks an input that its operator needs"),
+        ("PagedAttention", "lie in pages"),
+        ("SparseAttention", "sparse already"),
+        ("DecoderMaskedMultiHeadAttention", "is not taken apart"),
+    ],
+)
+def test_fused_operators_of_onnx_runtime_are_listed(op: str, reason: str, tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", ["batch", "seq", 64])
-    b.output(b.op(op, x, x, x, domain="com.microsoft", num_heads=4), rank=3)
+    heads = {"num_heads": 4} | ({"kv_num_heads": 2} if op.startswith("Group") else {})
+    b.output(b.op(op, x, x, x, domain="com.microsoft", **heads), rank=3)
     (site,) = inspect(running.save(b.model(), tmp_path)).declined
-    assert f"com.microsoft.{op}" in site.reason
+    assert site.id == "layers.0"
+    assert site.pattern == f"com.microsoft.{op}"
+    assert reason in site.reason
+    assert site.stopped_by == f"{op} {op}_0"
 
 
 def test_softmax_in_parts_is_listed(tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", ["batch", 4, "seq", "seq"])
     e = b.op("Exp", b.op("Sub", x, b.op("ReduceMax", x, b.const([-1]))))
-    b.output(b.op("Div", e, b.op("ReduceSum", e, b.const([-1]))))
+    b.output(b.op("Div", e, b.op("ReduceSum", e, b.const([-2, -1]))))
     (site,) = inspect(running.save(b.model(), tmp_path)).declined
     assert "Exp, ReduceSum and Div" in site.reason

@@ -9,8 +9,8 @@ import pytest
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("d", [64, 96, 128, 256])
-def test_decode(d):
+@pytest.mark.parametrize(("path", "d"), [*(("sm90", d) for d in (64, 96, 128, 256)), ("sm80", 64), ("sm80", 128)])
+def test_decode(path, d):
     import torch
 
     from sa_export.kernels import Call
@@ -21,7 +21,7 @@ def test_decode(d):
             case = Case(s, t, d, heads, kv_heads, batch=2, bounds=bounds, softcap=softcap, dtype=dtype)
             q, k, v = case.tensors()
             output, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan, device="cuda")
-            Call(q, k, v, output=output, lse=lse, bounds=case.bounds_tensor(), softcap=softcap).decode()
+            Call(q, k, v, output=output, lse=lse, bounds=case.bounds_tensor(), softcap=softcap, path=path).decode()
             exact, exact_lse, plain = attention(case, q, k, v)
             assert_as_good_as_plain(output, exact, plain, case)
             torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=2e-4)

@@ -29,5 +29,5 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     folder = tmp_path_factory.mktemp("sample") / "out"
     full = export_onnx(load_checkpoint(str(SAMPLE), dtype="float32"), folder, verify=False).model_path
     rewritten = folder / "model.sa.onnx"
-    assert rewrite(full, rewritten, Config(defaults=Policy(min_length=256))).rewritten == 6
+    assert rewrite(full, rewritten, Config(defaults=Policy(min_length=256, dense_rows=64))).rewritten == 6
     return Converted(folder, full, rewritten)

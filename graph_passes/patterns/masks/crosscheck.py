@@ -53,7 +53,7 @@ def crosscheck(sg: SymbolicGraph, terms: list[MaskTerm], mask: Mask, grid: Grid)
         return ()
     question = (
         "mask evaluated",
-        tuple((t.how, t.factor, *(sg.signature(x) for x in (t.mask, t.fill) if x is not None)) for t in terms),
+        tuple((t.how, t.factor, t.offset, t.at, t.lengths, *(sg.signature(x) for x in (t.mask, t.fill) if x is not None)) for t in terms),
         mask,
         grid.batch,
         grid.rows,
@@ -75,7 +75,7 @@ def _evaluate(sg: SymbolicGraph, terms: list[MaskTerm], mask: Mask, grid: Grid) 
             continue
         for pattern in ("left", "right", "random"):
             values = cut.run(lengths, partial(_padding, generator, pattern, mask.keys))
-            _compare(terms, mask, values, (b, s, t))
+            _compare(terms, mask, values, (b, s, t), lengths)
             if mask.keys is None:
                 break
         seen.append(f"{b}x{s}x{t}")
@@ -158,8 +158,9 @@ class _Cut:
         values = {**feeds, **constants}
         if computed:
             try:
+                model = self._model(computed, constants)
                 with np.errstate(all="ignore"):
-                    results = ReferenceEvaluator(self._model(computed, constants)).run(computed, feeds)
+                    results = ReferenceEvaluator(model).run(computed, feeds)
             except Exception as error:  # whatever an operator of the evaluator stumbles over
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise Refusal(f"its mask was proved but cannot be evaluated ({what}).") from None
@@ -167,7 +168,7 @@ class _Cut:
         return {t.name: np.asarray(values[t.name]) for t in self.outputs}
 
     def _measure(self, node: gs.Node, lengths: dict[Dim, int]) -> np.ndarray:
-        from graph_passes.symbolic.shapes import shape_window
+        from graph_passes.symbolic.arguments import shape_window
 
         try:
             numbers = [_number(n, lengths) for n in self.sg.known_shape(node.inputs[0], node)]
@@ -203,10 +204,15 @@ def _probes(grid: Grid, largest: int, longest: int) -> Iterator[Probe]:
 def _lengths(grid: Grid, probe: Probe, others: set[Dim]) -> dict[Dim, int]:
     """Numbers for the open lengths that give the probe's batch, rows and past; a length that is none of them is that of all keys."""
     out: dict[Dim, int] = {}
-    for p, number in ((grid.batch, probe.batch), (grid.rows, probe.rows), (grid.keys, probe.past)):
+    for p, number in ((grid.batch, probe.batch), (grid.rows, probe.rows)):
         for s in p.symbols:
             if isinstance(s, Dim):
                 out.setdefault(s, number)
+    open_ = [s for s in grid.keys.symbols if isinstance(s, Dim) and s not in out]
+    if len(open_) == 1:
+        least = _number(grid.keys, {**out, open_[0]: 0})
+        out[open_[0]] = max(_number(grid.rows, out) + probe.past - least, 0)
+    out |= {s: probe.past for s in open_ if s not in out}
     keys = _number(grid.keys, out)
     return {**{d: keys for d in others if d not in out}, **out}
 
@@ -235,11 +241,13 @@ def _padding(generator: np.random.Generator, pattern: str, keys: KeyMask | None,
     return kept.astype(np.int64) + bound
 
 
-def _compare(terms: list[MaskTerm], mask: Mask, values: dict[str, np.ndarray], sizes: tuple[int, int, int]) -> None:
+def _compare(
+    terms: list[MaskTerm], mask: Mask, values: dict[str, np.ndarray], sizes: tuple[int, int, int], lengths: dict[Dim, int]
+) -> None:
     b, s, t = sizes
     visible = np.ones((1, 1, 1, 1), dtype=bool)
     for term in terms:
-        visible = visible & _visible(term, values, sizes)
+        visible = visible & _visible(term, values, sizes, lengths)
     expected = (np.arange(t)[None, :] <= np.arange(s)[:, None] + (t - s))[None, None]
     if mask.keys is not None:
         real = _real_keys(mask.keys, values[mask.keys.tensor].squeeze(mask.keys.squeeze))[:, :t]
@@ -260,9 +268,10 @@ def _compare(terms: list[MaskTerm], mask: Mask, values: dict[str, np.ndarray], s
         )
 
 
-def _visible(term: MaskTerm, values: dict[str, np.ndarray], sizes: tuple[int, int, int]) -> np.ndarray:
+def _visible(term: MaskTerm, values: dict[str, np.ndarray], sizes: tuple[int, int, int], lengths: dict[Dim, int]) -> np.ndarray:
     if term.mask is None:
-        return (np.arange(sizes[2])[None, :] <= np.arange(sizes[1])[:, None])[None, None]
+        offset = 0 if term.offset is None else _number(term.offset, lengths)
+        return (np.arange(sizes[2])[None, :] <= np.arange(sizes[1])[:, None] + offset)[None, None]
     mask = values[term.mask.name]
     if term.how == "bool":
         out = mask.astype(bool)
@@ -274,6 +283,10 @@ def _visible(term: MaskTerm, values: dict[str, np.ndarray], sizes: tuple[int, in
         out = ~removed
     else:
         out = mask.astype(bool) if term.how == "where" else ~mask.astype(bool)
+    if term.lengths is not None:
+        # Batch and heads in other axes than two: in row-major order they are the same.
+        b, s, t = sizes
+        return np.broadcast_to(out, [_number(n, lengths) for n in term.lengths]).reshape(b, -1, s, t)
     return out.reshape((1,) * (4 - out.ndim) + out.shape)
 
 

@@ -77,8 +77,9 @@ def _test_of_a_tensor(sg: SymbolicGraph, formula: Formula, grid: Grid) -> KeyMas
     row, column = load.index
     tensor = sg.tensors[load.tensor]
     rows, length = sg.known_shape(tensor)
-    repeat = row.value == 0 and grid.batch.value != 1
-    if column != grid.kv or not (repeat or (row == grid.b and rows == grid.batch)):
+    one_row = row.value == 0 and grid.batch.value != 1
+    repeat = one_row or bool(sg.taken_as_equal)
+    if column != grid.kv or not (one_row or (row == grid.b and rows == grid.batch)):
         return None
     slope = dict(atom.poly.terms)[(load,)]  # type: ignore[union-attr]
     offset = (atom.poly - poly(load) * slope).value  # type: ignore[union-attr]
@@ -110,7 +111,7 @@ def _tensor_in_the_mask(sg: SymbolicGraph, condition: KeyCondition, grid: Grid) 
         kept = [k for k, n in enumerate(shape) if n.value != 1]
         squeezed = tuple(k for k in range(len(shape)) if k not in kept)
         if [(index[k], shape[k]) for k in kept] == [(grid.b, grid.batch), (grid.kv, grid.keys)]:
-            return KeyMask(tensor.name, squeezed, boolean=True, length=str(grid.keys))
+            return KeyMask(tensor.name, squeezed, repeat=bool(sg.taken_as_equal), boolean=True, length=str(grid.keys))
         if [(index[k], shape[k]) for k in kept] == [(grid.kv, grid.keys)] and squeezed and squeezed[0] < kept[0]:
             # One row for the whole batch: the first axis of length 1 stays and is repeated.
             return KeyMask(tensor.name, squeezed[1:], repeat=grid.batch.value != 1, boolean=True, length=str(grid.keys))

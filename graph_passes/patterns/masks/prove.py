@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from graph_passes.patterns.grid import Grid
 from graph_passes.patterns.masks.keys import KeyCondition, key_mask
 from graph_passes.site import Mask, Refusal, label
-from graph_passes.symbolic.graph import Stuck, SymbolicGraph, producer
+from graph_passes.symbolic.graph import Either, Shape, Stuck, SymbolicGraph, producer
 from graph_passes.symbolic.logic import (
     Atom,
     Equal,
@@ -52,11 +52,13 @@ class MaskTerm:
 
     Attributes:
         how: `add` (score + factor * mask), `where` (score where mask, else factor * fill), `unless` (factor * fill where mask, else score),
-            `bool` (score where mask, else -inf), or `top_left` (row i sees the keys 0 .. i; no tensor).
+            `bool` (score where mask, else -inf), or `causal` (row i sees the keys 0 .. i + offset; no tensor).
         mask: the mask tensor.
         node: the node where it meets the scores.
         fill: what replaces the score, for `where` and `unless`.
         factor: factor that the scores are multiplied by after this place.
+        at, lengths: index of the element (b, h, q, kv) in the scores where they meet the mask, and the lengths of those scores;
+            None: [B, Hq, S, T].
     """
 
     how: str
@@ -64,6 +66,9 @@ class MaskTerm:
     node: gs.Node
     fill: gs.Tensor | None = None
     factor: float = 1.0
+    offset: Poly | None = None
+    at: Shape | None = None
+    lengths: Shape | None = None
 
 
 def prove(sg: SymbolicGraph, terms: list[MaskTerm], grid: Grid) -> tuple[Mask, tuple[str, ...]]:
@@ -91,7 +96,7 @@ def allowed(sg: SymbolicGraph, term: MaskTerm, grid: Grid) -> Formula:
         Refusal: it neither leaves nor removes some score.
     """
     if term.mask is None:
-        return less_equal(grid.kv - grid.q)
+        return less_equal(grid.kv - grid.q - (term.offset or 0))
     value = _element(sg, term.mask, term, grid)
     if term.how == "bool":
         return truth(value)
@@ -107,12 +112,19 @@ def allowed(sg: SymbolicGraph, term: MaskTerm, grid: Grid) -> Formula:
 
 
 def _element(sg: SymbolicGraph, tensor: gs.Tensor, term: MaskTerm, grid: Grid) -> Value:
+    at, lengths = term.at or grid.at, term.lengths or grid.scores
     try:
-        return sg.value(tensor, broadcast_index(sg, term.node, tensor, grid.at, grid.scores))
+        for k, length in enumerate(sg.known_shape(tensor, term.node)[::-1], 1):
+            if (length.value or 0) > 1 and lengths[-k].value is not None and length != lengths[-k]:
+                raise Stuck(term.node, f"its length {length} is not that of the scores ({lengths[-k]})")
+        return sg.value(tensor, broadcast_index(sg, term.node, tensor, at, lengths))
+    except Either:
+        raise
     except (Stuck, IndexError) as stuck:
         node = stuck.node if isinstance(stuck, Stuck) else term.node
         why = stuck.why if isinstance(stuck, Stuck) else f"{tensor.name} has more axes than the scores"
-        raise Refusal(f"the mask cannot be followed: {why}.", label(node)) from None
+        what = "what is added to the scores (a mask or a bias)" if term.how == "add" else "the mask"
+        raise Refusal(f"{what} cannot be followed: {why}.", label(node)) from None
 
 
 def _zero_or_masked(sg: SymbolicGraph, value: Value, term: MaskTerm) -> Formula:

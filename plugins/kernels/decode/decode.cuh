@@ -253,7 +253,7 @@ cudaError_t launch_decode(const DecodeParams &p, cudaStream_t stream) {
   unsigned row_blocks = (p.heads / p.kv_heads * p.queries + 15) / 16;
   cudaError_t error = launch(decode_kernel<Traits>, dim3(p.splits * row_blocks, p.kv_heads, p.batch), 128, Traits::kSharedBytes, stream, p);
   if (error != cudaSuccess) return error;
-  return launch(join_kernel<Traits>, dim3(p.queries, p.heads, p.batch), Traits::kHeadDim, 0, stream, p, true);
+  return launch(join_kernel<Traits>, dim3(p.queries, p.heads, p.batch), Traits::kHeadDim, 0, stream, p, p.early != 0);
 }
 
 }  // namespace sample_attention

@@ -16,6 +16,7 @@ struct DecodeParams {
   const int32_t *bounds;
   int64_t query_b, query_h, query_s, key_b, key_h, key_s, value_b, value_h, value_s, output_b, output_h, output_s;  // strides in elements
   int32_t batch, heads, kv_heads, queries, keys, splits;
+  int32_t early;  // 1: the join may become resident before the ranges are done (compute capability 9.0 and newer)
   float scale, softcap;
 };
 

@@ -3,6 +3,7 @@
 // The threshold is found by bisection on the bit pattern of the mass (non-negative floats order like integers). The sum of the masses at or above a candidate
 // is always formed in the same order, so it falls monotonically with the candidate in floating point too, and the result is deterministic.
 #include "../common/launch.cuh"
+#include "../common/ptx.cuh"
 #include "filter_params.h"
 
 #include <cstdint>
@@ -10,8 +11,34 @@
 namespace sample_attention {
 namespace {
 
-// A team of threads works on one query tile: a warp while its masses fit a few KiB (no barriers, many tiles an SM), else a whole thread block.
+// A team of threads works on one query tile: a warp while its masses fit its registers (no barriers, many tiles an SM), else a whole thread block, whose masses
+// stay in shared memory.
 constexpr int kWarpTeamBlocks = 2048;
+constexpr int kStep = 8;  // masses of a thread that are visited without a branch
+
+// The masses of one query tile, mass k with member k % kTeam. kHeld: how many a thread keeps in registers; 0: shared memory.
+template <int kTeam, int kHeld>
+struct Masses {
+  float held[kHeld > 0 ? kHeld : 1];
+  float *shared;
+  int member, blocks;
+
+  // f(block, its mass as a reference) for this thread's blocks, in ascending order; blocks behind the last have mass 0 and are visited up to the next step.
+  template <class F>
+  __device__ __forceinline__ void each(F f) {
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int c = 0; c < kHeld; c += kStep) {
+        if (c * kTeam < blocks) {
+#pragma unroll
+          for (int i = c; i < c + kStep; ++i) f(member + i * kTeam, held[i]);
+        }
+      }
+    } else {
+      for (int k = member; k < blocks; k += kTeam) f(k, shared[k]);
+    }
+  }
+};
 
 template <int kTeam>
 struct Team {
@@ -62,16 +89,16 @@ struct Forced {
   __device__ bool has(int block) const { return (block >= own_first && block <= own_last) || (block >= sink_first && block <= sink_last); }
 };
 
-template <int kTeam, int kTeams>
-__global__ void __launch_bounds__(kTeam *kTeams) filter_kernel(const FilterParams p) {
+template <int kTeam, int kTeams, int kHeld>
+__global__ void __launch_bounds__(kTeam *kTeams, 1) filter_kernel(const FilterParams p) {
   static_assert(kTeam == 32 || kTeams == 1, "teams of several warps use the barrier of the thread block");
-  constexpr int kThreads = kTeam;
   __shared__ float scratch[Team<kTeam>::kWarps];
   __shared__ int counts[Team<kTeam>::kWarps];
+  ptx::launch_dependents();
+  ptx::wait_for_primary();
   const int team = threadIdx.x / kTeam, member = threadIdx.x % kTeam;
   const int tile = blockIdx.x * kTeams + team, head = blockIdx.y, batch = blockIdx.z;
-  if (tile >= p.tiles) return;
-  float *mass = reinterpret_cast<float *>(dynamic_shared()) + team * p.blocks;
+  if (tile >= p.tiles || (p.only != nullptr && p.only[batch] == 0)) return;
   const int64_t row = (int64_t(batch) * p.heads + head) * p.tiles + tile;
   int32_t *indices = p.indices + row * p.blocks;
 
@@ -92,15 +119,20 @@ __global__ void __launch_bounds__(kTeam *kTeams) filter_kernel(const FilterParam
 
   bool all = alpha >= 1.f || (last_position >= end_real - p.dense_rows && first_position < end_real && p.dense_rows > 0);
   float threshold = 0.f, need = 0.f, above = 0.f;
+  Masses<kTeam, kHeld> masses;
+  masses.shared = reinterpret_cast<float *>(dynamic_shared());
+  masses.member = member;
+  masses.blocks = blocks;
   if (!all) {
     float total = 0.f, free = 0.f;
-    for (int k = member; k < blocks; k += kThreads) {
-      float m = p.mass[row * p.blocks + k];
-      total += m;
+    const float *source = p.mass + row * p.blocks;
+    masses.each([&](int k, float &m) {
+      const float value = k < blocks ? source[k] : 0.f;
+      total += value;
       // A forced block stays out of both sides of the contest.
-      mass[k] = forced.has(k) ? 0.f : m;
-      free += mass[k];
-    }
+      m = forced.has(k) ? 0.f : value;
+      free += m;
+    });
     total = Team<kTeam>::sum(total, scratch);
     free = Team<kTeam>::sum(free, scratch);
     need = alpha * free;
@@ -111,14 +143,14 @@ __global__ void __launch_bounds__(kTeam *kTeams) filter_kernel(const FilterParam
       while (high - low > 1) {
         uint32_t middle = low + (high - low) / 2;
         float candidate = __uint_as_float(middle), sum = 0.f;
-        for (int k = member; k < blocks; k += kThreads) sum += mass[k] >= candidate ? mass[k] : 0.f;
+        masses.each([&](int, float m) { sum += m >= candidate ? m : 0.f; });
         if (Team<kTeam>::sum(sum, scratch) >= need)
           low = middle;
         else
           high = middle;
       }
       threshold = __uint_as_float(low);
-      for (int k = member; k < blocks; k += kThreads) above += mass[k] > threshold ? mass[k] : 0.f;
+      masses.each([&](int, float m) { above += m > threshold ? m : 0.f; });
       above = Team<kTeam>::sum(above, scratch);
     }
   }
@@ -126,10 +158,9 @@ __global__ void __launch_bounds__(kTeam *kTeams) filter_kernel(const FilterParam
   const bool contest = !all && need > 0.f;
   const int ties = contest ? max(1, static_cast<int>(fminf(ceilf((need - above) / threshold), 2e9f))) : 0;
   int written = 0, tied = 0;
-  for (int base = 0; base < blocks; base += kThreads) {
-    int k = base + member, in_round;
+  auto emit = [&](int k, float m) {
+    int in_round;
     bool inside = k < blocks;
-    float m = contest && inside ? mass[k] : 0.f;
     bool tie = contest && inside && m == threshold;
     int tie_rank = Team<kTeam>::rank(tie, counts, in_round);
     bool keep = inside && (all || forced.has(k) || (contest && (m > threshold || (tie && tied + tie_rank < ties))));
@@ -137,6 +168,11 @@ __global__ void __launch_bounds__(kTeam *kTeams) filter_kernel(const FilterParam
     int rank = Team<kTeam>::rank(keep, counts, in_round);
     if (keep) indices[written + rank] = k;
     written += in_round;
+  };
+  if constexpr (kHeld > 0) {
+    masses.each(emit);
+  } else {
+    for (int base = 0; base < blocks; base += kTeam) emit(base + member, contest && base + member < blocks ? masses.shared[base + member] : 0.f);
   }
   if (member == 0) p.counts[row] = written;
 }
@@ -154,6 +190,9 @@ __global__ void __launch_bounds__(kBins) order_kernel(const OrderParams p) {
     int count = p.counts[int64_t(head) * p.list_tiles + tile / p.tiles_per_list];
     return kBins - 1 - min(kBins - 1, static_cast<int>(int64_t(count) * kBins / (p.capacity + 1)));
   };
+  ptx::launch_dependents();
+  ptx::wait_for_primary();
+  if (p.ticket != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.ticket = 0;
   start[threadIdx.x] = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < items; i += kBins) atomicAdd(&start[bin_of(i)], 1);
@@ -181,20 +220,25 @@ __global__ void __launch_bounds__(kBins) order_kernel(const OrderParams p) {
 
 namespace {
 
-template <int kTeam, int kTeams>
-cudaError_t launch_teams(const FilterParams &params, cudaStream_t stream) {
+template <int kTeam, int kTeams, int kHeld>
+cudaError_t launch_teams(const FilterParams &params, cudaStream_t stream, bool early) {
   dim3 grid((params.tiles + kTeams - 1) / kTeams, params.heads, params.batch);
-  return launch(filter_kernel<kTeam, kTeams>, grid, kTeam * kTeams, params.blocks * kTeams * static_cast<int>(sizeof(float)), stream, params);
+  const int bytes = kHeld > 0 ? 0 : params.blocks * static_cast<int>(sizeof(float));
+  return launch(filter_kernel<kTeam, kTeams, kHeld>, grid, kTeam * kTeams, bytes, stream, params, early);
 }
 
 }  // namespace
 
-cudaError_t launch_filter(const FilterParams &params, cudaStream_t stream) {
-  return params.blocks <= kWarpTeamBlocks ? launch_teams<32, 4>(params, stream) : launch_teams<256, 1>(params, stream);
+cudaError_t launch_filter(const FilterParams &params, cudaStream_t stream, bool early) {
+  if (params.blocks <= 256) return launch_teams<32, 4, 8>(params, stream, early);
+  if (params.blocks <= 512) return launch_teams<32, 4, 16>(params, stream, early);
+  if (params.blocks <= 1024) return launch_teams<32, 4, 32>(params, stream, early);
+  if (params.blocks <= kWarpTeamBlocks) return launch_teams<32, 4, 64>(params, stream, early);
+  return launch_teams<256, 1, 0>(params, stream, early);
 }
 
-cudaError_t launch_order(const OrderParams &params, cudaStream_t stream) {
-  return launch(order_kernel, dim3(params.batch * params.kv_heads), kBins, 0, stream, params);
+cudaError_t launch_order(const OrderParams &params, cudaStream_t stream, bool early) {
+  return launch(order_kernel, dim3(params.batch * params.kv_heads), kBins, 0, stream, params, early);
 }
 
 }  // namespace sample_attention

@@ -15,6 +15,7 @@
 #include "../common/pipeline.cuh"
 #include "../common/ptx.cuh"
 #include "attend_params.h"
+#include "work.cuh"
 
 #include <cuda_runtime_api.h>
 #include <cute/tensor.hpp>
@@ -35,6 +36,11 @@ struct AttendTraits {
   static constexpr int kMaxUnits = kBlockN / kMinUnit;
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
+#ifdef SA_EVERY_LANE_ARRIVES  // for compute-sanitizer: racecheck does not see that __syncwarp puts the reads of all lanes before lane 0's arrival
+  static constexpr int kArrivals = 32;
+#else
+  static constexpr int kArrivals = 1;
+#endif
 
   using Atoms = SmemAtoms<Element, kHeadDim>;
   static constexpr int kSlab = Atoms::kSlab;
@@ -76,65 +82,6 @@ struct AttendTraits {
 };
 
 namespace attend_detail {
-
-constexpr int kNoKey = 0x3fffffff;  // start of a list entry that does not exist: above every position, and outside the tensor map
-
-struct Span {
-  int first, last;  // real keys of a batch item: first .. last - 1
-};
-
-__device__ __forceinline__ Span real_keys(const AttendParams &p, int batch) {
-  if (p.bounds == nullptr) return {0, p.keys};
-  return {max(p.bounds[2 * batch], 0), min(p.bounds[2 * batch + 1], p.keys)};
-}
-
-// Work item number -> (batch, head, tile). Items of one key/value head are neighbours, so that running blocks share its keys in L2.
-__device__ __forceinline__ void decode_item(const AttendParams &p, int item, int &batch, int &head, int &tile) {
-  if (p.order != nullptr) {
-    int code = p.order[item];
-    tile = p.first_tile + code % p.tiles;
-    int row = code / p.tiles;
-    head = row % p.heads;
-    batch = row / p.heads;
-    return;
-  }
-  int group = p.heads / p.kv_heads;
-  int per_kv = group * p.tiles;
-  int kv = item / per_kv, rest = item % per_kv;
-  tile = p.first_tile + p.tiles - 1 - rest / group;
-  head = (kv % p.kv_heads) * group + rest % group;
-  batch = kv / p.kv_heads;
-}
-
-// The list entries ("units" of p.unit keys) of one work item.
-struct Units {
-  const int32_t *indices;  // null: consecutive from first
-  int first, count, unit_log2, block_log2;
-
-  __device__ __forceinline__ Units(const AttendParams &p, const Span &real, int batch, int head, int tile) {
-    unit_log2 = p.unit_log2;
-    block_log2 = p.block_log2;
-    if (p.counts != nullptr) {
-      int64_t row = (int64_t(batch) * p.heads + head) * p.list_tiles + (tile - p.first_tile) / p.tiles_per_list;
-      indices = p.indices + row * p.capacity;
-      count = p.counts[row] << (block_log2 - unit_log2);
-      first = 0;
-    } else {
-      int last_row = min((tile + 1) * kAttendRows, p.queries) - 1;
-      int end = min(p.keys - p.queries + last_row + 1, real.last);
-      indices = nullptr;
-      first = real.first >> unit_log2;
-      count = max(((end + (1 << unit_log2) - 1) >> unit_log2) - first, 0);
-    }
-  }
-
-  __device__ __forceinline__ int start(int u) const {
-    if (u >= count) return kNoKey;
-    if (indices == nullptr) return (first + u) << unit_log2;
-    int split = block_log2 - unit_log2;
-    return (indices[u >> split] << block_log2) + ((u & ((1 << split) - 1)) << unit_log2);
-  }
-};
 
 template <class Traits>
 __device__ __forceinline__ void produce(const AttendParams &p, typename Traits::Shared &shared) {
@@ -330,7 +277,7 @@ __device__ __forceinline__ void consume(const AttendParams &p, typename Traits::
       }
     };
     auto release = [&](uint64_t &empty) {
-      if (lane == 0) ptx::barrier_arrive(&empty);
+      if (Traits::kArrivals == 32 || lane == 0) ptx::barrier_arrive(&empty);
     };
     // The stage also holds the positions that a mask reads: it is given back early only when none is needed.
     auto finish_keys = [&] {
@@ -431,8 +378,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) attend_kernel(const __gri
     for (int s = 0; s < Traits::kStages; ++s) {
       ptx::barrier_init(&shared.key_full[s], 1);
       ptx::barrier_init(&shared.value_full[s], 1);
-      ptx::barrier_init(&shared.key_empty[s], 4 * Traits::kConsumers);  // one arrival a warp
-      ptx::barrier_init(&shared.value_empty[s], 4 * Traits::kConsumers);
+      ptx::barrier_init(&shared.key_empty[s], 4 * Traits::kConsumers * Traits::kArrivals);  // of each warp
+      ptx::barrier_init(&shared.value_empty[s], 4 * Traits::kConsumers * Traits::kArrivals);
     }
     ptx::fence_barrier_init();
   }

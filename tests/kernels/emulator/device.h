@@ -205,13 +205,24 @@ inline float __uint_as_float(uint32_t v) {
   std::memcpy(&f, &v, 4);
   return f;
 }
+inline uint32_t __float_as_uint(float v) {
+  uint32_t u;
+  std::memcpy(&u, &v, 4);
+  return u;
+}
 inline float __fdividef(float a, float b) { return a / b; }
 inline int atomicAdd(int32_t *p, int v) {
   int old = *p;
   *p += v;
   return old;
 }
+inline unsigned long long atomicAdd(unsigned long long *p, unsigned long long v) {
+  unsigned long long old = *p;
+  *p += v;
+  return old;
+}
 using std::isinf;
+using std::isnan;
 using std::max;
 using std::min;
 #define __shared__ static  // thread blocks run one after the other

@@ -16,7 +16,7 @@ static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
 struct MemoryBarrier {
   int32_t bytes;
-  uint8_t pending, arrivals, phase, ready;
+  uint32_t pending : 15, arrivals : 15, phase : 1, ready : 1;
 };
 static_assert(sizeof(MemoryBarrier) == 8);
 
@@ -68,7 +68,7 @@ inline uint32_t copy_box(const CUtensorMap *opaque, void *shared, const int *ori
 
 namespace sample_attention::ptx {
 
-inline void barrier_init(uint64_t *barrier, uint32_t arrivals) { emulator::as_barrier(barrier) = {0, uint8_t(arrivals), uint8_t(arrivals), 0, 1}; }
+inline void barrier_init(uint64_t *barrier, uint32_t arrivals) { emulator::as_barrier(barrier) = {0, arrivals, arrivals, 0, 1}; }
 inline void fence_barrier_init() {}
 inline void barrier_arrive(uint64_t *barrier) {
   auto &b = emulator::as_barrier(barrier);

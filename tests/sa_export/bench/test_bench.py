@@ -141,7 +141,7 @@ def test_a_whole_run(tmp_path, capsys):
     folder = tmp_path / "bench"
     assert main(["bench", "attention", "--lengths", "2048", "8192", "--json", "-q", "-o", str(folder)]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [(r["length"], r["policy"]) for r in rows] == [(2048, "default"), (2048, "residue"), (8192, "default"), (8192, "residue")]
+    assert [(r["length"], r["policy"]) for r in rows] == [(2048, "default"), (2048, "tile"), (8192, "default"), (8192, "tile")]
     for row in rows:
         assert 0 < row["density"] <= 1
         assert row["total_ms"] > 0

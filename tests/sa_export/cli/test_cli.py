@@ -142,6 +142,23 @@ def test_inspect_edit_rewrite(capsys: pytest.CaptureFixture[str], converted: Con
         out.unlink(missing_ok=True)
 
 
+def test_rewrite_standard(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Operators of ONNX Runtime stay without the option, which the lint names, and go with it."""
+    from tests.data.frozen import GRAPHS, thaw
+
+    path = tmp_path / "model.onnx"
+    path.write_bytes(thaw(GRAPHS / "genai-fp16-cpu" / "llama.onnx.xz"))
+    for options, left in (([], True), (["--standard"], False)):
+        out = tmp_path / f"{left}.onnx"
+        status, text, err = run(capsys, "rewrite", path, "-o", out, *options)
+        assert status == 0, err
+        nodes = onnx.load(out).graph.node
+        assert any(n.domain == "com.microsoft" for n in nodes) == left
+        assert sum(n.op_type == "SampleAttention" for n in nodes) == 2
+        if "TensorRT's parser" in text:
+            assert ("add --standard" in text) == left
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

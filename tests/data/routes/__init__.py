@@ -1,0 +1,1 @@
+"""One exporter a file. Each names its variants and writes one graph for one family; `ROUTES` in `make` joins them."""
