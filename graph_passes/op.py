@@ -97,7 +97,7 @@ class Policy:
     block_k: int = 64
     window: int = 0
     sink: int = 64
-    dense_rows: int = 512
+    dense_rows: int = 768
     min_length: int = 4096
 
     _where: str = field(default="", repr=False, compare=False)

@@ -7,13 +7,14 @@
 namespace sample_attention {
 namespace {
 
-constexpr int kTargetBlocks = 264;    // of decode: fills the chip twice
-constexpr int kSmallestRange = 512;   // keys: a shorter range is dominated by its start-up
+constexpr int kTargetBlocks = 264;   // of decode: two for each multiprocessor, all that are resident at once
+constexpr int kSmallestRange = 512;  // keys: a shorter range is dominated by its start-up
 
-// Enough key ranges to fill the chip twice at one key/value head, none shorter than the smallest.
+// At most as many thread blocks as are resident at once: a few more would have the chip to themselves in a second round. Where one for each head is more than
+// that, at least four rounds, so that the last one is a small part. No range is shorter than the smallest.
 int decode_splits(const sa_problem &p) {
   int64_t heads = int64_t(p.batch) * p.kv_heads;
-  int64_t wanted = (kTargetBlocks + heads - 1) / heads;
+  int64_t wanted = heads <= kTargetBlocks ? kTargetBlocks / heads : (4 * kTargetBlocks + heads - 1) / heads;
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, ceil_div(p.keys, kSmallestRange))));
 }
 
@@ -80,9 +81,9 @@ int64_t sm90_attend_need(const sa_problem &p) {
 }
 
 int64_t decode_need(const sa_problem &p) {
-  // heads * splits, free of the division: (264 + n - 1) / n ranges for n key/value heads are at most 264 + n - 1 of them together.
+  // heads * splits, free of the division: (1056 + n - 1) / n ranges for n key/value heads are at most 1056 + n - 1 of them together.
   int64_t kv_heads = int64_t(p.batch) * p.kv_heads, group = p.heads / p.kv_heads;
-  int64_t ranges = std::min<int64_t>(std::max<int64_t>(kTargetBlocks + kv_heads - 1, kv_heads), kv_heads * ceil_div(p.keys, kSmallestRange));
+  int64_t ranges = std::min<int64_t>(kv_heads <= kTargetBlocks ? kTargetBlocks : 4 * kTargetBlocks + kv_heads - 1, kv_heads * ceil_div(p.keys, kSmallestRange));
   int64_t rows = ranges * group * std::min(p.queries, kDecodeRows);
   return aligned(rows * p.head_dim * 4) + aligned(rows * 4);
 }

@@ -35,7 +35,8 @@ Status selects(const sa_problem &p, int) {
   if (p.policy == SA_RESIDUE && p.block_k / p.stride < 2)
     return fail(SA_UNSUPPORTED, "stride %d with block_k %d is not built (built: at least 2 keys of a block in a slice, block_k / stride)", p.stride, p.block_k);
   if (key_blocks(p) > kMaxBlocks)
-    return fail(SA_UNSUPPORTED, "%d keys in blocks of %d make %d blocks, more than the %d that fit shared memory", p.keys, p.block_k, key_blocks(p), kMaxBlocks);
+    return fail(SA_UNSUPPORTED, "%d keys in blocks of %d make %d blocks, more than the %d that fit shared memory", p.keys, p.block_k, key_blocks(p),
+                kMaxBlocks);
   return {};
 }
 
@@ -257,8 +258,8 @@ Status retain(const Call &call, const sa_block_lists &lists, int chunk, Retained
 
 Status filter(const Call &call, const float *mass, const sa_block_lists &lists, void *) {
   const sa_problem &p = call.params.problem;
-  FilterParams f{mass,   call.params.alpha, call.params.bounds, lists.counts,   lists.indices, p.alpha,   p.batch,  p.heads, p.queries,
-                 p.keys, lists.first_tile,  lists.tiles,        lists.capacity, p.block_q,     p.block_k,
+  FilterParams f{mass, call.params.alpha, call.params.bounds, lists.counts, lists.indices, p.alpha, p.batch, p.heads, p.queries, p.keys, lists.first_tile,
+                 lists.tiles, lists.capacity, p.block_q, p.block_k,
                  // Token counts beyond the keys mean all of them, and would overflow in the kernel.
                  std::min(p.window, p.keys), std::min(p.sink, p.keys), std::min(p.dense_rows, p.keys), nullptr};
   return from_cuda(launch_filter(f, call.stream, true), "Launching the filter kernel");
@@ -305,8 +306,8 @@ Status decode(const Call &call, void *base) {
 }  // namespace
 
 const Path &sm90_path() {
-  static const Path path{SA_PATH_SM90, "sm90", 90, 90, false, selects, attends, decodes, check_tensors, sm90_select_need, sm90_attend_need, decode_need, begin, sample,
-                         filter, retain, attend, decode};
+  static const Path path{SA_PATH_SM90,     "sm90",           90,          90,    false,  selects, attends, decodes, check_tensors,
+                         sm90_select_need, sm90_attend_need, decode_need, begin, sample, filter,  retain,  attend,  decode};
   return path;
 }
 

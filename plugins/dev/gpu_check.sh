@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs the device, in one run: correctness, a memory and race check on small cases, then the table of times. From the repository root:
 #   SA_EXPORT_KERNELS=<library> plugins/dev/gpu_check.sh [parts of measure.py]
-# Warps give shared memory back with one lane's arrival after __syncwarp. racecheck counts that as an arrival of lane 0 alone and reports the reads of the other
+# Warps hand shared memory over with one lane's arrival after __syncwarp. racecheck counts that as an arrival of lane 0 alone and reports the accesses of the other
 # lanes, so it is given a library whose lanes all arrive: the same kernels, slower.
 set -uo pipefail
 : "${SA_EXPORT_KERNELS:?set it to the path of libsample_attention_kernels.so}"

@@ -86,7 +86,9 @@ def build(request: dict[str, Any], send: Callable[..., None]) -> dict[str, Any]:
             )()
         )
     except PolygraphyException:
-        raise Failure("TensorRT's builder refuses the network") from None
+        limit = request["workspace_mib"]
+        within = f" within --workspace {limit} MiB, which the attention layers may exceed: raise it or leave it out" if limit else ""
+        raise Failure(f"TensorRT's builder refuses the network{within}") from None
     Path(request["engine"]).write_bytes(data)
     tensors = [("input", definition.get_input(i)) for i in range(definition.num_inputs)]
     tensors += [("output", definition.get_output(i)) for i in range(definition.num_outputs)]

@@ -21,7 +21,9 @@ def test_defaults_are_what_the_documents_say() -> None:
     policy = Policy()
     assert (policy.policy, policy.stride, policy.block_q, policy.block_k, policy.alpha) == ("residue", 16, 128, 64, (0.75,))
     text = (Path(__file__).parents[2] / "docs/op.md").read_text()
-    table = {c[1].strip().strip("`"): c[3].strip().strip("`") for c in (line.split("|") for line in text.splitlines() if line.count("|") == 6)}
+    table = {
+        c[1].strip().strip("`"): c[3].strip().strip("`") for c in (line.split("|") for line in text.splitlines() if line.count("|") == 6)
+    }
     for name, value in policy.as_dict().items():
         assert table[name] == str(value), name
 

@@ -67,6 +67,22 @@ def test_a_library_that_is_no_plugin_leaves_nothing(plugin_file: Path, tmp_path:
 
 
 @needs_rtx
+def test_too_little_workspace_is_named_as_the_cause(plugin_library: Path, tmp_path: Path) -> None:
+    plan = make_plan(
+        rewritten(),
+        tmp_path / "m.plan",
+        Limits(max_seq=65536),
+        runtime="tensorrt_rtx",
+        plugin=plugin_library,
+        capabilities=[(8, 6)],
+        workspace_mib=1,
+    )
+    with pytest.raises(UserError, match="within --workspace 1 MiB, which the attention layers may exceed: raise it or leave it out"):
+        build_engine(plan)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_rtx
 def test_the_parser_names_an_operator_that_it_does_not_have(tmp_path: Path) -> None:
     model = onnx.load(exported(), load_external_data=False)
     model.graph.node.insert(0, onnx.helper.make_node("BitwiseNot", ["input_ids"], ["inverted"], name="twiddle"))

@@ -183,7 +183,7 @@ def test_an_engine_of_another_library_version_is_refused(door):
 
 def test_the_timing_cache_id_tells_every_attribute_apart(door):
     changes = {
-        "scale": 0.25, "softcap": 50.0, "policy": "residue", "alpha": 0.9, "alpha_slash": 0.5, "stride": 16, "sample_rows": 32, "value_weight": 0,
+        "scale": 0.25, "softcap": 50.0, "policy": "tile", "alpha": 0.9, "alpha_slash": 0.5, "stride": 8, "sample_rows": 32, "value_weight": 0,
         "segment": 1024, "sample_ratio": 0.1, "window_ratio": 0.5, "block_q": 64, "block_k": 128, "window": 1, "sink": 0, "dense_rows": 0,
         "min_length": 0,
     }  # fmt: skip

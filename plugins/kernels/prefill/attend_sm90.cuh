@@ -4,8 +4,8 @@
 // rows each. A consumer keeps the scores of one key tile and the P V product of the tile before in flight together, and the two
 // consumers take turns at issuing, so that one's exponentials run under the other's matrix products.
 //
-// A key tile is kBlockN keys made of kBlockN / unit list entries, so key blocks of 16 .. 256 share one kernel. Tiles are walked from the last
-// to the first: the ones that need a mask (diagonal, odd tail) come first. What is read is the list's; what is allowed is the mask's.
+// A key tile is kBlockN keys made of kBlockN / unit list entries, so key blocks of 16 .. 256 share one kernel. What is read is the list's; what is
+// allowed is the mask's.
 #pragma once
 
 #include "../common/gmma.cuh"
@@ -36,7 +36,7 @@ struct AttendTraits {
   static constexpr int kMaxUnits = kBlockN / kMinUnit;
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-#ifdef SA_EVERY_LANE_ARRIVES  // for compute-sanitizer: racecheck does not see that __syncwarp puts the reads of all lanes before lane 0's arrival
+#ifdef SA_EVERY_LANE_ARRIVES  // for compute-sanitizer: racecheck does not see that __syncwarp puts all lanes' accesses before lane 0's arrival
   static constexpr int kArrivals = 32;
 #else
   static constexpr int kArrivals = 1;
@@ -123,7 +123,11 @@ __device__ __forceinline__ void produce(const AttendParams &p, typename Traits::
       if (lane < units) shared.start[stage][lane] = start;
       if (lane == 0) shared.masked[stage] = any;
       __syncwarp();
-      if (lane == 0) ptx::barrier_arrive_expect(&shared.key_full[stage], Traits::kStageBytes);
+      if (lane == 0) {
+        ptx::barrier_arrive_expect(&shared.key_full[stage], Traits::kStageBytes);
+      } else if (Traits::kArrivals == 32) {
+        ptx::barrier_arrive(&shared.key_full[stage]);
+      }
       __syncwarp();
       if (lane < units) {
         CUTE_UNROLL
@@ -149,7 +153,11 @@ __device__ __forceinline__ void produce(const AttendParams &p, typename Traits::
       value_ring.advance();
     };
 
-    int start = key_tiles > 0 && lane < units ? list.start((key_tiles - 1) * units + lane) : kNoKey;
+    // Thread blocks that run together walk in step. Even query tiles go from the last key tile to the first, odd ones back: if all began at the same end, every
+    // round of them would find there the keys that L2 has dropped longest ago. The way depends on the tile alone, so results repeat.
+    const bool forward = tile & 1;
+    auto start_of = [&](int n) { return lane < units ? list.start((forward ? key_tiles - 1 - n : n) * units + lane) : kNoKey; };
+    int start = key_tiles > 0 ? start_of(key_tiles - 1) : kNoKey;
     if (key_tiles > 0) load_keys(start);
 
     ptx::barrier_wait(&shared.query_empty[query_ring.stage], query_ring.parity ^ 1);
@@ -168,7 +176,7 @@ __device__ __forceinline__ void produce(const AttendParams &p, typename Traits::
 
     for (int n = key_tiles - 2; n >= 0; --n) {
       int before = start;
-      start = lane < units ? list.start(n * units + lane) : kNoKey;
+      start = start_of(n);
       load_keys(start);
       load_values(before);
     }
@@ -376,7 +384,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) attend_kernel(const __gri
       ptx::barrier_init(&shared.query_empty[s], Traits::kConsumers);
     }
     for (int s = 0; s < Traits::kStages; ++s) {
-      ptx::barrier_init(&shared.key_full[s], 1);
+      ptx::barrier_init(&shared.key_full[s], Traits::kArrivals);
       ptx::barrier_init(&shared.value_full[s], 1);
       ptx::barrier_init(&shared.key_empty[s], 4 * Traits::kConsumers * Traits::kArrivals);  // of each warp
       ptx::barrier_init(&shared.value_empty[s], 4 * Traits::kConsumers * Traits::kArrivals);

@@ -15,12 +15,9 @@ namespace {
 
 using namespace sample_detail;
 
-#ifndef K5_WARPS
-#define K5_WARPS 4
-#define K5_STRIP 32
-#endif
-constexpr int kWarps = K5_WARPS;
-constexpr int kStripBlocks = K5_STRIP;  // blocks of a warp's strip, at least
+constexpr int kWarps = 4;
+constexpr int kLoads = 4;         // rows of a lane under way together
+constexpr int kStripBlocks = 32;  // blocks of a warp's strip, at least
 
 // The rows of one query tile in the table, seen by one warp.
 struct TileRows {
@@ -66,7 +63,9 @@ struct TileRows {
   }
 
   // Of the table, for all slices: classes << tile_rows_log2 rows follow, slice after slice.
-  __device__ __forceinline__ int64_t first_row(const SampleParams &p, int key_tile) const { return table_row(p, local_head, 0, group, key_tile, row); }
+  __device__ __forceinline__ int64_t first_row(const SampleParams &p, int key_tile) const {
+    return ((int64_t(local_head) * p.slice_tiles + first_slice_tile(p, group) + key_tile) * kSampleRows + row) * p.classes;
+  }
 };
 
 // Slot of a row in a key tile -> block of the key tile: the order in which store_row of sample_sm90.cuh leaves them.
@@ -80,13 +79,9 @@ __device__ __forceinline__ int block_of_slot(int slot) {
   }
 }
 
+// kCount halves in one load. (A memcpy from global memory is taken apart into words of 4 bytes.)
 template <int kCount>
-__device__ __forceinline__ void load_halves(const uint16_t *source, float (&v)[kCount]) {
-  uint16_t half[kCount];
-  memcpy(half, __builtin_assume_aligned(source, 2 * kCount), 2 * kCount);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) v[i] = __half2float(__ushort_as_half(half[i]));
-}
+using Halves = std::conditional_t<kCount == 1, uint16_t, std::conditional_t<kCount == 2, uint32_t, std::conditional_t<kCount == 4, uint2, uint4>>>;
 
 constexpr int kTileRows = 256;  // sampled rows of a query tile, at most
 
@@ -121,14 +116,26 @@ __global__ void __launch_bounds__(32 * kWarps) reduce_kernel(const __grid_consta
       const int64_t base = rows.first_row(p, key_tile);
       const float *reference = p.reference + base;
       const uint16_t *table = p.table + (base << kSlotsLog2) + lane % kLanes * kCount;
-#pragma unroll 8
-      for (int i = lane / kLanes; i < count; i += kRowLanes) {
-        float v[kCount];
-        load_halves<kCount>(table + (i << kSlotsLog2), v);
-        const float lse = normaliser[i];
-        const float factor = ptx::exp2_fast(reference[i] - lse);
+      for (int i = lane / kLanes; i < count; i += kLoads * kRowLanes) {
+        Halves<kCount> entry[kLoads];
+        float exponent[kLoads];
 #pragma unroll
-        for (int k = 0; k < kCount; ++k) sum[k] = lse == INFINITY ? sum[k] : fmaf(v[k], factor, sum[k]);  // no sample: whatever the table says
+        for (int l = 0; l < kLoads; ++l) {
+          const int at_row = min(i + l * kRowLanes, count - 1);
+          entry[l] = *reinterpret_cast<const Halves<kCount> *>(table + (at_row << kSlotsLog2));
+          exponent[l] = reference[at_row];
+        }
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) {
+          const int at_row = i + l * kRowLanes;
+          const float lse = at_row < count ? normaliser[at_row] : INFINITY;
+          if (lse == INFINITY) continue;  // no sample: whatever the table says
+          const float factor = ptx::exp2_fast(exponent[l] - lse);
+          uint16_t half[kCount];
+          memcpy(half, &entry[l], sizeof(half));
+#pragma unroll
+          for (int k = 0; k < kCount; ++k) sum[k] = fmaf(__half2float(__ushort_as_half(half[k])), factor, sum[k]);
+        }
       }
     }
     // Over the row lanes: halves of the vector go to either side while there is more than one value, then plain sums.

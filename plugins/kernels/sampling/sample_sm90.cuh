@@ -428,6 +428,13 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
       reference += kSampleRows * p.classes;
       table += (kSampleRows * p.classes) << slots_log2;
     };
+    // The last key tile lies beyond the last query of the upper 128 rows, in every slice: it adds nothing to them, and nobody reads what the table has there (a
+    // query tile of 256 rows or a block of 256 keys would).
+    auto upper_done = [&] {
+      const Slice slice = slice_of();
+      return p.tile_rows_log2 < 8 && p.block_keys_log2 < 8 &&
+             slice.shift + ((slice.row0 + 128) << p.row_log2) <= ((segment.key_tile + key_tiles - 1) * kBlockN) << p.key_log2;
+    };
     if (key_tiles > 0) {
       next_keys();
       issue_upper();
@@ -459,7 +466,7 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
         next_tile();
       }
       issue_lower();
-      score(upper, 0, key_tiles - 1);
+      if (!upper_done()) score(upper, 0, key_tiles - 1);
       gemm_wait<0>();
       gemm_fence(lower);
       release_keys(key_ring.stage);

@@ -67,7 +67,8 @@ struct Slice {
 // Index of a group's first key tile among the slice_tiles of one head.
 __device__ __forceinline__ int first_slice_tile(const SampleParams &p, int group) { return group * p.group_tiles + p.group_step * (group * (group - 1) / 2); }
 
-// Row of the table: of a slice's row (0 .. 255) of a group under a key tile. The rows that are summed together, those of one query tile in all slices, are neighbours.
+// Row of the table: of a slice's row (0 .. 255) of a group under a key tile. The rows that are summed together, those of one query tile in all slices, are
+// neighbours.
 __device__ __forceinline__ int64_t table_row(const SampleParams &p, int local_head, int slice, int group, int key_tile, int row) {
   const int64_t unit = int64_t(local_head) * p.slice_tiles + first_slice_tile(p, group) + key_tile;
   const int tile = row >> p.tile_rows_log2;
