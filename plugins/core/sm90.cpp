@@ -4,6 +4,7 @@
 #include "contract.h"
 #include "launchers.h"
 #include "plan.h"
+#include "stages.h"
 #include "status.h"
 #include "tensor_map.h"
 
@@ -48,21 +49,7 @@ Status attends(const sa_problem &p, bool listed, int) {
 
 Status decodes(const sa_problem &p, int) { return takes_tensors(p); }
 
-Status check_tensors(const sa_prefill_params &params) {
-  const struct {
-    const char *name;
-    const sa_tensor &tensor;
-  } tensors[] = {{"query", params.query}, {"key", params.key}, {"value", params.value}, {"output", params.output}};
-  for (const auto &[name, t] : tensors) {
-    if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0)
-      return fail(SA_INVALID, "'%s' starts at %p; the sm90 kernels need it aligned to 16 bytes. Align it, or set the path to generic.", name, t.data);
-    if (t.stride_b % 8 != 0 || t.stride_h % 8 != 0 || t.stride_s % 8 != 0)
-      return fail(SA_INVALID,
-                  "'%s' has strides %lld, %lld, %lld (elements); the sm90 kernels need multiples of 8. Make the tensor contiguous, or set the path to generic.",
-                  name, static_cast<long long>(t.stride_b), static_cast<long long>(t.stride_h), static_cast<long long>(t.stride_s));
-  }
-  return {};
-}
+Status check_tensors(const sa_prefill_params &params) { return check_alignment(params, "sm90"); }
 
 // Calls f(Launchers<dtype, head_dim>{}) for the problem's instance; takes_tensors() has checked that it is built.
 template <class F>
@@ -95,33 +82,9 @@ Status attend(const Call &call, const sa_block_lists *lists, void *base) {
   if (status.ok()) status = encode_rows(&a.value, params.value, map_shape(p, p.kv_heads), p.keys, unit);
   if (status.ok()) status = encode_rows(&a.output, params.output, map_shape(p, p.heads), p.queries, 64);
   if (!status.ok()) return status;
-  const int all_tiles = ceil_div(p.queries, kAttendRows);
   a.ticket = space.tickets;
-  a.bounds = params.bounds;
-  a.lse = params.lse;
-  a.batch = p.batch;
-  a.heads = p.heads;
-  a.kv_heads = p.kv_heads;
-  a.queries = p.queries;
-  a.keys = p.keys;
-  a.tiles = all_tiles;
-  a.tiles_per_list = plan.tiles_per_list;
-  a.block_log2 = log2_of(p.block_k);
-  a.unit_log2 = log2_of(unit);
-  a.scale = p.scale;
-  a.softcap = p.softcap;
-  if (lists != nullptr) {
-    a.counts = lists->counts;
-    a.indices = lists->indices;
-    a.capacity = lists->capacity;
-    a.list_tiles = lists->tiles;
-    a.first_tile = lists->first_tile * plan.tiles_per_list;
-    a.tiles = std::min(lists->tiles * plan.tiles_per_list, all_tiles - a.first_tile);
-    a.order = space.order;
-    OrderParams order{lists->counts, space.order, p.batch, p.heads, p.kv_heads, lists->tiles, a.tiles, plan.tiles_per_list, lists->capacity, nullptr};
-    status = from_cuda(launch_order(order, call.stream), "Launching the work order");
-    if (!status.ok()) return status;
-  }
+  status = fill_work(call, lists, stage_keys, space.order, &a);
+  if (!status.ok()) return status;
   return from_cuda(dispatch(p, [&](auto instance) { return decltype(instance)::attend(a, call.multiprocessors, call.stream); }),
                    "Launching the prefill kernel");
 }
@@ -266,40 +229,8 @@ Status filter(const Call &call, const float *mass, const sa_block_lists &lists, 
 }
 
 Status decode(const Call &call, void *base) {
-  const sa_prefill_params &params = call.params;
-  const sa_problem &p = params.problem;
-  Plan plan(p);
-  DecodeSpace space(p, plan, base);
-  DecodeParams d{};
-  d.query = params.query.data;
-  d.key = params.key.data;
-  d.value = params.value.data;
-  d.output = params.output.data;
-  d.lse = params.lse;
-  d.partial = space.partial;
-  d.partial_lse = space.partial_lse;
-  d.bounds = params.bounds;
-  d.query_b = params.query.stride_b;
-  d.query_h = params.query.stride_h;
-  d.query_s = params.query.stride_s;
-  d.key_b = params.key.stride_b;
-  d.key_h = params.key.stride_h;
-  d.key_s = params.key.stride_s;
-  d.value_b = params.value.stride_b;
-  d.value_h = params.value.stride_h;
-  d.value_s = params.value.stride_s;
-  d.output_b = params.output.stride_b;
-  d.output_h = params.output.stride_h;
-  d.output_s = params.output.stride_s;
-  d.batch = p.batch;
-  d.heads = p.heads;
-  d.kv_heads = p.kv_heads;
-  d.queries = p.queries;
-  d.keys = p.keys;
-  d.splits = plan.splits;
-  d.scale = p.scale;
-  d.softcap = p.softcap;
-  d.early = 1;
+  const sa_problem &p = call.params.problem;
+  const DecodeParams d = decode_params(call, base);
   return from_cuda(dispatch(p, [&](auto instance) { return decltype(instance)::decode(d, call.stream); }), "Launching the decode kernel");
 }
 

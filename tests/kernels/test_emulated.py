@@ -7,8 +7,6 @@ reductions and the hand-over between threads.
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,24 +17,15 @@ from graph_passes.reference import select
 from sa_export.kernels import make_problem
 from sa_export.kernels import native as door
 from sa_export.kernels.native import BlockLists, PrefillParams, Tensor
-from tests.kernels.emulator.build import cuda_include, cutlass_include, shared
+from tests.kernels.emulator.door import emulated_library
 
 pytestmark = pytest.mark.slow
-HEAD_DIMS = (64, 96)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def emulated() -> Iterator[None]:
-    for what, found in (("g++", shutil.which("g++")), ("the CUDA headers", cuda_include()), ("the CUTLASS headers", cutlass_include())):
-        if not found:
-            pytest.skip(f"{what} were not found: the kernels were not emulated")
-    # SA_EMULATED_KERNELS names a library that an earlier build() left, for work on the tests alone.
-    path = os.environ.get("SA_EMULATED_KERNELS") or shared(HEAD_DIMS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SA_EXPORT_KERNELS", str(path))
-        door.load.cache_clear()
+    with emulated_library("the kernels"):
         yield
-    door.load.cache_clear()
 
 
 class Call:

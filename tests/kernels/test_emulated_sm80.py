@@ -5,16 +5,13 @@ Needs g++, the CUDA headers and the CUTLASS headers; no device.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from graph_passes.op import Policy
-from sa_export.kernels import native as door
-from tests.kernels.emulator.build import cuda_include, cutlass_include, shared
+from tests.kernels.emulator.door import emulated_library
 from tests.kernels.test_emulated import Call, residue, tile
 
 pytestmark = pytest.mark.slow
@@ -22,15 +19,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def sm80() -> Iterator[None]:
-    for what, found in (("g++", shutil.which("g++")), ("the CUDA headers", cuda_include()), ("the CUTLASS headers", cutlass_include())):
-        if not found:
-            pytest.skip(f"{what} were not found: the sm80 kernels were not emulated")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SA_EXPORT_KERNELS", os.environ.get("SA_EMULATED_KERNELS") or str(shared((64, 96))))
-        patch.setenv("SA_EXPORT_KERNEL_PATH", "sm80")
-        door.load.cache_clear()
+    with emulated_library("the sm80 kernels", SA_EXPORT_KERNEL_PATH="sm80"):
         yield
-    door.load.cache_clear()
 
 
 @pytest.mark.parametrize(

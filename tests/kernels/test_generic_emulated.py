@@ -6,8 +6,6 @@ Needs g++, the CUDA headers and the CUTLASS headers; no device.
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,25 +17,16 @@ from graph_passes.reference import attend, select
 from sa_export.kernels import is_full, make_problem, supports
 from sa_export.kernels import native as door
 from sa_export.kernels.native import BlockLists, PrefillParams, Tensor
-from tests.kernels.emulator.build import cuda_include, cutlass_include, shared
+from tests.kernels.emulator.door import emulated_library
 
 pytestmark = pytest.mark.slow
-HEAD_DIMS = (64, 96)  # as test_emulated, so that the session builds one library
 MASKS = ("left", "right", "both", "holes", "nothing")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def emulated() -> Iterator[None]:
-    for what, found in (("g++", shutil.which("g++")), ("the CUDA headers", cuda_include()), ("the CUTLASS headers", cutlass_include())):
-        if not found:
-            pytest.skip(f"{what} were not found: the generic kernels were not emulated")
-    # SA_EMULATED_KERNELS names a library that an earlier build() left, for work on the tests alone.
-    path = os.environ.get("SA_EMULATED_KERNELS") or shared(HEAD_DIMS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SA_EXPORT_KERNELS", str(path))
-        door.load.cache_clear()
+    with emulated_library("the generic kernels"):
         yield
-    door.load.cache_clear()
 
 
 def key_mask(kind: str, batch: int, t: int, seed: int) -> np.ndarray | None:
