@@ -56,13 +56,6 @@ __device__ __forceinline__ void load_5d(const CUtensorMap *map, uint64_t *barrie
       : "memory");
 }
 
-// Copies contiguous bytes; both addresses and the size are multiples of 16.
-__device__ __forceinline__ void load_bulk(uint64_t *barrier, void *target, const void *source, uint32_t bytes) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(target)),
-               "l"(reinterpret_cast<uint64_t>(source)), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-}
-
 __device__ __forceinline__ void store_4d(const CUtensorMap *map, const void *source, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(reinterpret_cast<uint64_t>(map)),
                "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)

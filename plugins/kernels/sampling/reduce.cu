@@ -68,15 +68,10 @@ struct TileRows {
   }
 };
 
-// Slot of a row in a key tile -> block of the key tile: the order in which store_row of sample_sm90.cuh leaves them.
+// Slot of a row in a key tile -> block of the key tile: the order in which RowBlocks of sample_sm90.cuh leaves them.
 template <int kSlotsLog2>
 __device__ __forceinline__ int block_of_slot(int slot) {
-  if constexpr (kSlotsLog2 < 2) {
-    return slot;
-  } else {
-    const int each = (1 << kSlotsLog2) / 4, part = slot / each;
-    return 4 * (slot % each) + (kSlotsLog2 == 5 ? (part & 1) * 2 + part / 2 : part);
-  }
+  return kSlotsLog2 == 5 ? 4 * (slot % 8) + slot / 8 % 2 * 2 + slot / 16 : slot;
 }
 
 // kCount halves in one load. (A memcpy from global memory is taken apart into words of 4 bytes.)
@@ -171,12 +166,7 @@ __global__ void __launch_bounds__(32 * kWarps) reduce_kernel(const __grid_consta
 
 template <int kSlotsLog2>
 __device__ __forceinline__ int slot_of_block(int block) {
-  if constexpr (kSlotsLog2 < 2) {
-    return block;
-  } else {
-    const int each = (1 << kSlotsLog2) / 4, part = block % 4;
-    return (kSlotsLog2 == 5 ? (part & 1) * 2 + part / 2 : part) * each + block / 4;
-  }
+  return kSlotsLog2 == 5 ? (block % 2 * 2 + block / 2 % 2) * 8 + block / 4 : block;
 }
 
 constexpr int kRetainThreads = 128;

@@ -1,6 +1,6 @@
 // Scoring for `residue` and `tile` on sm_90a: one pass of Q K^T over strided slices, without a P V product.
 //
-// A work item is 256 slice rows (two consumer warpgroups of two 64-row products each) against up to kSampleTileLimit key tiles of 128 slice keys. Each key tile
+// A work item is 256 slice rows (four consumer warpgroups of one 64-row product each) against up to kSampleTileLimit key tiles of 128 slice keys. Each key tile
 // leaves, for each row, the weighted sums of its exponentials over key blocks in a table; each item leaves its rows' log-sum-exps. The normaliser of a row is
 // known only when all of its items are done, so reduce.cu applies it and sums over rows. Keeping the sums costs 16 bits for each block of a row and saves the
 // second pass of products and exponentials. No atomics: the result does not depend on the order of work.
@@ -32,7 +32,7 @@ struct SampleTraits {
   static constexpr int kStages = kHeadDim <= 128 ? 3 : 1;
   // A key tile's stage is given back before its last exponentials read the weights: one more stage keeps those from being overwritten.
   static constexpr int kWeightStages = kStages + 1;
-  static constexpr int kConsumers = 2;
+  static constexpr int kConsumers = 4;
   static constexpr int kThreads = 128 * (kConsumers + 1);
 #ifdef SA_EVERY_LANE_ARRIVES  // for compute-sanitizer: racecheck does not see that __syncwarp puts the reads of all lanes before lane 0's arrival
   static constexpr int kArrivals = 32;
@@ -46,7 +46,7 @@ struct SampleTraits {
   using LayoutQ = decltype(cute::tile_to_shape(typename Atoms::RowMajor{}, cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>, cute::Int<kQueryStages>>{}));
   using LayoutK = decltype(cute::tile_to_shape(typename Atoms::RowMajor{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
   using Mma =
-      decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<cute::Int<128>, cute::Int<kBlockN>, cute::Int<kHeadDim>>>(),
+      decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<cute::Int<64>, cute::Int<kBlockN>, cute::Int<kHeadDim>>>(),
                                     cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>{}));
 
   struct Segment {
@@ -57,16 +57,31 @@ struct SampleTraits {
   struct Shared {
     alignas(1024) Element query[cute::cosize_v<LayoutQ>];
     alignas(1024) Element key[cute::cosize_v<LayoutK>];
-    alignas(128) float weight[kWeightStages][kBlockN];
+    alignas(16) float weight[kWeightStages][kBlockN];
+    float weight_undo[kWeightStages];  // base-2 exponent, see scale_weights
     uint64_t query_full[kQueryStages], query_empty[kQueryStages];
     uint64_t key_full[kStages], key_empty[kStages];
     Segment segment[kQueryStages];
   };
   static constexpr uint32_t kQueryBytes = kRows * kHeadDim * sizeof(Element);
-  static constexpr uint32_t kStageBytes = kBlockN * (kHeadDim * sizeof(Element) + sizeof(float));
+  static constexpr uint32_t kStageBytes = kBlockN * kHeadDim * sizeof(Element);
 };
 
 namespace sample_detail {
+
+// Leaves the weights of a warp's 128 keys (four of a lane) under the power of two that brings the largest into [1/4, 1/2), and returns the base-2 exponent that
+// undoes it. Pairs of keys lie as a consumer reads them: for even j those of columns 8 j + 2 c and, beside them, 8 (j + 1) + 2 c.
+__device__ __forceinline__ float scale_weights(const float4 &w, float *target, int lane) {
+  float top = fmaxf(fmaxf(w.x, w.y), fmaxf(w.z, w.w));
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+  const int exponent = min(max(int(__float_as_uint(top) >> 23), 1), 250);  // of a value that is not negative; inf and NaN stay what they are
+  const float factor = __uint_as_float(uint32_t(252 - exponent) << 23);
+  float2 *pairs = reinterpret_cast<float2 *>(target) + lane / 4 * 8 + lane % 2 * 4 + lane / 2 % 2;
+  pairs[0] = make_float2(w.x * factor, w.y * factor);
+  pairs[2] = make_float2(w.z * factor, w.w * factor);
+  return float(exponent - 125);
+}
 
 template <class Traits>
 __device__ __forceinline__ void produce(const SampleParams &p, typename Traits::Shared &shared) {
@@ -116,6 +131,7 @@ __device__ __forceinline__ void produce(const SampleParams &p, typename Traits::
       const float *weight = p.weight + (((int64_t(batch) * p.kv_heads + kv_head) << p.key_log2) + slice.key_residue) * p.weight_row;
       for (int tile = first; tile < first + tiles; ++tile) {
         const int stage = key_ring.stage;
+        const float4 w = reinterpret_cast<const float4 *>(weight + tile * Traits::kBlockN)[lane];
         ptx::barrier_wait(&shared.key_empty[stage], key_ring.parity ^ 1);
         if (lane == 0) {
           ptx::barrier_arrive_expect(&shared.key_full[stage], Traits::kStageBytes);
@@ -124,9 +140,11 @@ __device__ __forceinline__ void produce(const SampleParams &p, typename Traits::
             ptx::load_5d(map, &shared.key_full[stage], shared.key + layout_k(0, slab * Traits::kSlab, stage), slab * Traits::kSlab, slice.key_residue,
                          tile * Traits::kBlockN, kv_head, batch);
           }
-          ptx::load_bulk(&shared.key_full[stage], shared.weight[weight_ring.stage], weight + tile * Traits::kBlockN, Traits::kBlockN * sizeof(float));
         }
+        const float undo = scale_weights(w, shared.weight[weight_ring.stage], lane);
+        if (lane == 0) shared.weight_undo[weight_ring.stage] = undo;
         __syncwarp();
+        if (lane < Traits::kArrivals) ptx::barrier_arrive(&shared.key_full[stage]);
         key_ring.advance();
         weight_ring.advance();
       }
@@ -142,171 +160,138 @@ __device__ __forceinline__ void produce(const SampleParams &p, typename Traits::
 
 constexpr int kPairs = kSampleKeys / 8;  // of neighbouring keys, of a thread in one row: pair j is columns 8 j + 2 (lane % 4) and the next
 
-// Halves the values of a pair of lanes that differ in `bit`: each keeps the sums of every other value, in ascending order.
-template <int kCount, int kSize>
-__device__ __forceinline__ void exchange(float (&v)[kSize], int bit, int lane) {
-  const bool upper = (lane & bit) != 0;
-  CUTE_UNROLL
-  for (int i = 0; i < kCount / 2; ++i) {
-    float keep = upper ? v[2 * i + 1] : v[2 * i];
-    v[i] = keep + __shfl_xor_sync(~0u, upper ? v[2 * i] : v[2 * i + 1], bit);
-  }
-}
-
-template <int kCount>
-__device__ __forceinline__ void fold(float (&v)[kPairs]) {
-  CUTE_UNROLL
-  for (int i = 0; i < kCount / 2; ++i) v[i] = v[2 * i] + v[2 * i + 1];
-}
-
-// The power of two that brings a row's largest value into [2^14, 2^15), and the base-2 exponent that undoes it: what binary16 rounds away below 2^-24 is 2^-38
-// of that value.
-struct Scale {
-  float factor, undo;
-
-  __device__ __forceinline__ explicit Scale(float top) {
-    const int exponent = max(int(__float_as_uint(top) >> 23), 15);  // of a value that is not negative; 255 for inf and NaN, which stay what they are
-    factor = __uint_as_float(uint32_t(268 - exponent) << 23);
-    undo = float(exponent - 141);
-  }
-};
-
-// Stores kCount values of each of a row's four lanes as binary16, under one Scale. Returns its undo.
-template <int kCount, int kSize>
-__device__ __forceinline__ float store_values(const float (&v)[kSize], uint16_t *target, bool mine) {
-  float top = v[0];
-  CUTE_UNROLL
-  for (int i = 1; i < kCount; ++i) top = fmaxf(top, v[i]);
-  top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-  top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-  const Scale scale(top);
-  if constexpr (kCount == 1) {
-    if (mine) *target = static_cast<uint16_t>(pack<cute::half_t>(v[0] * scale.factor, 0.f));
-  } else {
-    uint32_t word[kCount / 2];
-    CUTE_UNROLL
-    for (int i = 0; i < kCount / 2; ++i) word[i] = pack<cute::half_t>(v[2 * i] * scale.factor, v[2 * i + 1] * scale.factor);
-    if constexpr (kCount == 2) *reinterpret_cast<uint32_t *>(target) = word[0];
-    if constexpr (kCount == 4) *reinterpret_cast<uint2 *>(target) = make_uint2(word[0], word[1]);
-    CUTE_UNROLL
-    for (int i = 0; i + 4 <= kCount / 2; i += 4) reinterpret_cast<uint4 *>(target)[i / 4] = make_uint4(word[i], word[i + 1], word[i + 2], word[i + 3]);
-  }
-  return scale.undo;
-}
-
-// What the keys of one key tile give to the blocks of one row: kept by a thread while it walks over its pairs, then stored to a row of the table. reduce.cu
-// knows the order of the slots. store() returns as store_values.
+// What the keys of one key tile give to the blocks of a thread's two rows: add() is called for each pair of keys in turn, with the exponentials of both rows,
+// then store(). low and high are the rows of the table; reduce.cu knows the order of the slots.
 template <int kFold>
-struct RowBlocks;
+class RowBlocks;
 
-// Any size of block: pairs are kept and folded at the end.
+// Any size of block, slots in the order of the blocks: one at a time, by the lanes of a row together.
 template <>
-struct RowBlocks<0> {
-  float v[kPairs];
+class RowBlocks<0> {
+ public:
+  __device__ __forceinline__ RowBlocks(uint16_t *low, uint16_t *high, int keys_log2, int lane)
+      : row_(lane % 2 == 0 ? low : high), keys_log2_(keys_log2), part_(lane % 4) {}
 
-  __device__ __forceinline__ void clear() {}
-  __device__ __forceinline__ void add(int j, float a, float b, float2 w, int) { v[j] = fmaf(a, w.x, b * w.y); }
-  __device__ __forceinline__ float store(uint16_t *row, int keys_log2, int lane) {
-    const int part = lane % 4;
-    if (keys_log2 == 1) return store_values<16>(v, row + 16 * part, true);
-    if (keys_log2 == 2) {
-      exchange<16>(v, 1, lane);
-      return store_values<8>(v, row + 8 * part, true);
+  __device__ __forceinline__ void add(int j, float2 low, float2 high, float2 w) {
+    const int last = (1 << max(keys_log2_ - 3, 0)) - 1;  // pairs of a lane in a block, less one
+    float pair[2] = {fmaf(low.x, w.x, low.y * w.y), fmaf(high.x, w.x, high.y * w.y)};
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) v_[r] = (j & last) == 0 ? pair[r] : v_[r] + pair[r];
+    if ((j & last) != last) return;
+    // Lane 2 i has the low row's sum of its pair and the next lane's, lane 2 i + 1 the high row's.
+    const bool upper = part_ % 2 != 0;
+    const float own = upper ? v_[1] : v_[0], other = __shfl_xor_sync(~0u, upper ? v_[0] : v_[1], 1);
+    if (keys_log2_ == 1) {
+      *reinterpret_cast<uint32_t *>(row_ + 4 * j + part_ / 2 * 2) = upper ? pack<cute::half_t>(other, own) : pack<cute::half_t>(own, other);
+    } else {
+      float sum = own + other;
+      if (keys_log2_ > 2) sum += __shfl_xor_sync(~0u, sum, 2);
+      const int slot = keys_log2_ > 2 ? j >> (keys_log2_ - 3) : 2 * j + part_ / 2;
+      if (keys_log2_ == 2 || part_ < 2) row_[slot] = static_cast<uint16_t>(pack<cute::half_t>(sum, 0.f));
     }
-    if (keys_log2 == 3) {
-      exchange<16>(v, 1, lane);
-      exchange<8>(v, 2, lane);
-      return store_values<4>(v, row + 4 * part, true);
-    }
-    fold<16>(v);
-    if (keys_log2 == 4) {
-      exchange<8>(v, 1, lane);
-      exchange<4>(v, 2, lane);
-      return store_values<2>(v, row + 2 * part, true);
-    }
-    fold<8>(v);
-    if (keys_log2 == 5) {
-      exchange<4>(v, 1, lane);
-      exchange<2>(v, 2, lane);
-      return store_values<1>(v, row + part, true);
-    }
-    fold<4>(v);
-    if (keys_log2 == 6) {
-      exchange<2>(v, 1, lane);
-      v[0] += __shfl_xor_sync(~0u, v[0], 2);
-      return store_values<1>(v, row + part, part < 2);
-    }
-    fold<2>(v);
-    v[0] += __shfl_xor_sync(~0u, v[0], 1);
-    v[0] += __shfl_xor_sync(~0u, v[0], 2);
-    return store_values<1>(v, row, part == 0);
   }
+  __device__ __forceinline__ void store() {}
+
+ private:
+  uint16_t *row_;
+  int keys_log2_, part_;
+  float v_[2];
 };
 
-// `residue` with 16 slices and blocks of 64: four slice keys a block, two pairs in neighbouring lanes.
+// `residue` with 16 slices and blocks of 64: four slice keys a block, two pairs in neighbouring lanes. Both rows travel in one register, and each lane stores
+// eight blocks of a row at once.
 template <>
-struct RowBlocks<2> {
-  float v[kPairs / 2], even;
+class RowBlocks<2> {
+ public:
+  __device__ __forceinline__ RowBlocks(uint16_t *low, uint16_t *high, int, int lane)
+      : row_{low + 8 * (lane % 4), high + 8 * (lane % 4)}, upper_(lane % 2 != 0) {}
 
-  __device__ __forceinline__ void clear() {}
-  __device__ __forceinline__ void add(int j, float a, float b, float2 w, int lane) {
-    const float pair = fmaf(a, w.x, b * w.y);
+  __device__ __forceinline__ void add(int j, float2 low, float2 high, float2 w) {
+    const __half2 pair = __floats2half2_rn(fmaf(low.x, w.x, low.y * w.y), fmaf(high.x, w.x, high.y * w.y));
     if (j % 2 == 0) {
-      even = pair;
+      even_ = pair;
     } else {
-      const bool upper = lane % 2 != 0;
-      v[j / 2] = (upper ? pair : even) + __shfl_xor_sync(~0u, upper ? even : pair, 1);
+      v_[j / 2] = __hadd2(upper_ ? pair : even_, __shfl_xor_sync(~0u, upper_ ? even_ : pair, 1));
     }
   }
-  __device__ __forceinline__ float store(uint16_t *row, int, int lane) { return store_values<8>(v, row + 8 * (lane % 4), true); }
+  __device__ __forceinline__ void store() {
+    __half2 word[2][4];
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      word[0][i] = __lows2half2(v_[2 * i], v_[2 * i + 1]);
+      word[1][i] = __highs2half2(v_[2 * i], v_[2 * i + 1]);
+    }
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) *reinterpret_cast<uint4 *>(row_[r]) = *reinterpret_cast<const uint4 *>(word[r]);
+  }
+
+ private:
+  uint16_t *row_[2];
+  bool upper_;
+  __half2 v_[kPairs / 2], even_;
 };
 
 // `tile` with blocks of 64.
 template <>
-struct RowBlocks<6> {
-  float v[2];
+class RowBlocks<6> {
+ public:
+  __device__ __forceinline__ RowBlocks(uint16_t *low, uint16_t *high, int, int lane) : row_{low, high}, first_(lane % 4 == 0) {}
 
-  __device__ __forceinline__ void clear() { v[0] = v[1] = 0.f; }
-  __device__ __forceinline__ void add(int j, float a, float b, float2 w, int) { v[j / 8] = fmaf(a, w.x, fmaf(b, w.y, v[j / 8])); }
-  __device__ __forceinline__ float store(uint16_t *row, int, int lane) {
-    CUTE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      v[i] += __shfl_xor_sync(~0u, v[i], 1);
-      v[i] += __shfl_xor_sync(~0u, v[i], 2);
-    }
-    const Scale scale(fmaxf(v[0], v[1]));
-    if (lane % 4 == 0) *reinterpret_cast<uint32_t *>(row) = pack<cute::half_t>(v[0] * scale.factor, v[1] * scale.factor);
-    return scale.undo;
+  __device__ __forceinline__ void add(int j, float2 low, float2 high, float2 w) {
+    const int block = j / (kPairs / 2);
+    const bool first = j % (kPairs / 2) == 0;
+    v_[0][block] = fmaf(low.x, w.x, first ? low.y * w.y : fmaf(low.y, w.y, v_[0][block]));
+    v_[1][block] = fmaf(high.x, w.x, first ? high.y * w.y : fmaf(high.y, w.y, v_[1][block]));
   }
+  __device__ __forceinline__ void store() {
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        v_[r][i] += __shfl_xor_sync(~0u, v_[r][i], 1);
+        v_[r][i] += __shfl_xor_sync(~0u, v_[r][i], 2);
+      }
+      if (first_) *reinterpret_cast<uint32_t *>(row_[r]) = pack<cute::half_t>(v_[r][0], v_[r][1]);
+    }
+  }
+
+ private:
+  uint16_t *row_[2];
+  bool first_;
+  float v_[2][2];
+};
+
+// The exponentials of a row are taken against a reference that makes its largest score at that time 2^kTop, and that is kept until a score outgrows it by
+// 2^kSlack. Weights are below 1/2: an entry of the table, of at most 2^fold keys, stays within binary16, and what lies within 2^-20 of the largest keeps its 11
+// bits.
+template <int kFold>
+struct Reference {
+  static constexpr float kTop = kFold == 2 ? 10.f : 6.f;
+  static constexpr float kSlack = kFold == 2 ? 4.f : 3.f;
 };
 
 template <class Traits>
 __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::Shared &shared) {
   using namespace cute;
   constexpr int kBlockN = Traits::kBlockN;
-  constexpr bool kPipelined = Traits::kStages > 1;  // a product runs under the exponentials of its own warpgroup
   const int thread = threadIdx.x - 128;
   const int lane = thread % 32;
-  const int consumer = thread / 128;
-  const int row_in_tile = (thread / 32) * 16 + lane / 4;  // of the first 128 rows; 8 below and 128 below follow
+  const int consumer = __shfl_sync(~0u, thread / 128, 0);  // what descriptors are made of is the same in a warp, and the compiler has to see it
+  const int row_in_group = (thread / 32) * 16 + lane / 4;  // 8 below follows
   const int pair = (lane % 4) * 2;
   const LogitScale logit(p.scale, p.softcap);
+  using Ref = Reference<Traits::kFold>;
+  const float slack = Ref::kSlack / logit.multiplier;  // before scaling
 
-  Tensor sQ = make_tensor(make_smem_ptr(shared.query), typename Traits::LayoutQ{});
-  Tensor sK = make_tensor(make_smem_ptr(shared.key), typename Traits::LayoutK{});
   typename Traits::Mma mma;
-  using Half = Shape<Int<128>, Int<Traits::kHeadDim>>;
-  auto fUpper = operand_a(mma, consumer, local_tile(sQ, Half{}, make_coord(_0{}, _0{}, _)));
-  auto fLower = operand_a(mma, consumer, local_tile(sQ, Half{}, make_coord(_1{}, _0{}, _)));
-  auto fK = operand_b(mma, consumer, sK);
-  Tensor upper = partition_fragment_C(mma, Shape<Int<128>, Int<kBlockN>>{});
-  Tensor lower = partition_fragment_C(mma, Shape<Int<128>, Int<kBlockN>>{});
-  static_assert(decltype(size(upper))::value == kBlockN / 2);
+  auto fQ = operand_a(mma, consumer, make_tensor(make_smem_ptr(shared.query), typename Traits::LayoutQ{}));
+  auto fK = operand_b(mma, consumer, make_tensor(make_smem_ptr(shared.key), typename Traits::LayoutK{}));
+  Tensor scores = partition_fragment_C(mma, Shape<Int<Traits::kRows>, Int<kBlockN>>{});
+  static_assert(decltype(size(scores))::value == kBlockN / 2);
 
   Ring<Traits::kStages> key_ring;
   Ring<Traits::kWeightStages> weight_ring;
   Ring<Traits::kQueryStages> query_ring;
-  const float slack = 64.f / logit.multiplier;  // of a score before scaling: 2^64 of its exponential
   const int slots_log2 = Traits::kFold > 0 ? 7 - Traits::kFold : sample_slots_log2(p.block_keys_log2);
 
   while (true) {
@@ -316,26 +301,29 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
     const int key_tiles = segment.key_tiles;
     if (key_tiles < 0) break;
     auto slice_of = [&] { return Slice(p, RealKeys(p, (p.first_head + segment.local_head) / p.heads), segment.group, segment.slice); };
-    const int64_t first_row = table_row(p, segment.local_head, segment.slice, segment.group, segment.key_tile, row_in_tile);
+    const int64_t first_row = table_row(p, segment.local_head, segment.slice, segment.group, segment.key_tile, row_in_group);
+    const int below = table_rows(p, 8);
     float *reference = p.reference + first_row;
     uint16_t *table = p.table + (first_row << slots_log2);
     int open_low, open_high;  // key tiles in between need no mask
+    int own_tiles;            // those behind lie beyond the last query of these rows, in every slice: nobody reads what the table has there
     {
       const Slice slice = slice_of();
       open_low = (slice.key_low + kBlockN - 1) / kBlockN - segment.key_tile;
-      open_high = (slice.key_end(p, slice.row0) + 1) / kBlockN - 1 - segment.key_tile;
+      open_high = (slice.key_end(p, slice.row0 + consumer * 64) + 1) / kBlockN - 1 - segment.key_tile;
+      const int rows_log2 = max(p.tile_rows_log2, 6);  // of the query tiles that these rows belong to
+      const int row_end = (((consumer * 64) >> rows_log2) + 1) << rows_log2;
+      const int position_end = slice.shift + ((slice.row0 + row_end) << p.row_log2);
+      own_tiles = p.block_keys_log2 < 8 ? ((position_end - 1) >> p.key_log2) / kBlockN + 1 - segment.key_tile : key_tiles;
     }
-    float peak[2][2], sum[2][2];  // of a row: the reference of its exponentials (equal in its four lanes), and this lane's share of their sum
+    float peak[2], sum[2];  // of a row: the score that is 2^kTop (equal in its four lanes), and this lane's share of the sum of its exponentials
     CUTE_UNROLL
-    for (int m = 0; m < 2; ++m) {
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        peak[m][r] = -INFINITY;
-        sum[m][r] = 0.f;
-      }
+    for (int r = 0; r < 2; ++r) {
+      peak[r] = -INFINITY;
+      sum[r] = 0.f;
     }
 
-    auto score = [&](auto &scores, int m, int n) {
+    auto score = [&](int n) {
       if (logit.capped()) {
         CUTE_UNROLL
         for (int e = 0; e < size(scores); ++e) scores(e) = logit.cap(scores(e));
@@ -345,7 +333,7 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
         const int first_key = (segment.key_tile + n) * kBlockN + pair;
         CUTE_UNROLL
         for (int r = 0; r < 2; ++r) {
-          const int key_end = slice.key_end(p, slice.row0 + m * 128 + row_in_tile + 8 * r);
+          const int key_end = slice.key_end(p, slice.row0 + row_in_group + 8 * r);
           CUTE_UNROLL
           for (int j = 0; j < kPairs; ++j) {
             CUTE_UNROLL
@@ -356,7 +344,6 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
           }
         }
       }
-      // Any reference within 2^100 of a row's largest exponential serves, since it cancels: the one at hand is kept until a score outgrows it by 2^64.
       float top[2][2];
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) {
@@ -368,128 +355,75 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
         }
         top[r][0] = fmaxf(top[r][0], top[r][1]);
       }
-      if (__any_sync(~0u, top[0][0] > peak[m][0] + slack || top[1][0] > peak[m][1] + slack)) {
+      if (__any_sync(~0u, top[0][0] > peak[0] + slack || top[1][0] > peak[1] + slack)) {
         CUTE_UNROLL
         for (int r = 0; r < 2; ++r) {
-          float most = fmaxf(top[r][0], peak[m][r]);
+          float most = fmaxf(top[r][0], peak[r]);
           most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
           most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-          if (most > peak[m][r]) sum[m][r] *= ptx::exp2_fast((peak[m][r] - most) * logit.multiplier);
-          peak[m][r] = most;
+          if (most > peak[r]) sum[r] *= ptx::exp2_fast((peak[r] - most) * logit.multiplier);
+          peak[r] = most;
         }
       }
-      RowBlocks<Traits::kFold> blocks[2];
       float shift[2];
       CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        shift[r] = peak[m][r] == -INFINITY ? 0.f : peak[m][r] * logit.multiplier;
-        blocks[r].clear();
-      }
-      const float *weight = shared.weight[weight_ring.stage] + pair;
-      constexpr int kBatch = 4;  // pairs whose exponentials are under way together
+      for (int r = 0; r < 2; ++r) shift[r] = peak[r] == -INFINITY ? 0.f : fmaf(peak[r], logit.multiplier, -Ref::kTop);
+      const float4 *weight = reinterpret_cast<const float4 *>(shared.weight[weight_ring.stage]) + lane % 4;
+      RowBlocks<Traits::kFold> blocks(table, table + (below << slots_log2), 7 - slots_log2, lane);
+      constexpr int kBatch = 2;  // pairs whose exponentials are under way together: other warps fill in
       CUTE_UNROLL
       for (int first = 0; first < kPairs; first += kBatch) {
         CUTE_UNROLL
         for (int e = 4 * first; e < 4 * (first + kBatch); ++e) scores(e) = ptx::exp2_fast(fmaf(scores(e), logit.multiplier, -shift[e / 2 % 2]));
         CUTE_UNROLL
-        for (int j = first; j < first + kBatch; ++j) {
-          const float2 w = *reinterpret_cast<const float2 *>(weight + 8 * j);
+        for (int j = first; j < first + kBatch; j += 2) {
+          const float4 w = weight[2 * j];
           CUTE_UNROLL
-          for (int r = 0; r < 2; ++r) {
-            const float a = scores(2 * r + 4 * j), b = scores(1 + 2 * r + 4 * j);
-            sum[m][r] += a + b;
-            blocks[r].add(j, a, b, w, lane);
+          for (int i = 0; i < 2; ++i) {
+            const float2 low = make_float2(scores(4 * (j + i)), scores(4 * (j + i) + 1)), high = make_float2(scores(4 * (j + i) + 2), scores(4 * (j + i) + 3));
+            sum[0] += low.x + low.y;
+            sum[1] += high.x + high.y;
+            blocks.add(j + i, low, high, i == 0 ? make_float2(w.x, w.y) : make_float2(w.z, w.w));
           }
         }
       }
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const int own_row = m * table_rows(p, 128) + r * table_rows(p, 8);
-        float *own = reference + own_row;
-        const float undo = blocks[r].store(table + (own_row << slots_log2), 7 - slots_log2, lane);
-        if (lane % 4 == 0) *own = shift[r] + undo;
+      blocks.store();
+      if (lane % 4 == 0) {
+        const float undo = shared.weight_undo[weight_ring.stage];
+        reference[0] = shift[0] + undo;
+        reference[below] = shift[1] + undo;
       }
     };
-    auto release_keys = [&](int stage) {
+
+    for (int n = 0; n < key_tiles; ++n) {
+      const int stage = key_ring.stage;
+      ptx::barrier_wait(&shared.key_full[stage], key_ring.parity);
+      if (n < own_tiles) {
+        issue_gemm<true>(mma, stage_of(fQ, __shfl_sync(~0u, query_stage, 0)), stage_of(fK, __shfl_sync(~0u, stage, 0)), scores);
+        gemm_wait<0>();
+        gemm_fence(scores);
+      }
       __syncwarp();
       if (lane < Traits::kArrivals) ptx::barrier_arrive(&shared.key_empty[stage]);
-    };
-
-    auto next_keys = [&] { ptx::barrier_wait(&shared.key_full[key_ring.stage], key_ring.parity); };
-    // The compiler must not carry the descriptors of a whole item in registers: they are worked out at each product.
-    auto anew = [](int stage) {
-      asm volatile("" : "+r"(stage));
-      return stage;
-    };
-    auto issue_upper = [&] { issue_gemm<true>(mma, stage_of(fUpper, anew(query_stage)), stage_of(fK, anew(key_ring.stage)), upper); };
-    auto issue_lower = [&] { issue_gemm<true>(mma, stage_of(fLower, anew(query_stage)), stage_of(fK, anew(key_ring.stage)), lower); };
-    auto next_tile = [&] {
+      key_ring.advance();
+      if (n < own_tiles) score(n);
       weight_ring.advance();
       reference += kSampleRows * p.classes;
       table += (kSampleRows * p.classes) << slots_log2;
-    };
-    // The last key tile lies beyond the last query of the upper 128 rows, in every slice: it adds nothing to them, and nobody reads what the table has there (a
-    // query tile of 256 rows or a block of 256 keys would).
-    auto upper_done = [&] {
-      const Slice slice = slice_of();
-      return p.tile_rows_log2 < 8 && p.block_keys_log2 < 8 &&
-             slice.shift + ((slice.row0 + 128) << p.row_log2) <= ((segment.key_tile + key_tiles - 1) * kBlockN) << p.key_log2;
-    };
-    if (key_tiles > 0) {
-      next_keys();
-      issue_upper();
-      gemm_wait<0>();
-      gemm_fence(upper);
-      // Each product runs under the other's exponentials. None is in flight where the loop turns, and the last key tile stands alone: ptxas serialises else.
-      for (int n = 0; n + 1 < key_tiles; ++n) {
-        const int stage = key_ring.stage;
-        issue_lower();
-        score(upper, 0, n);
-        key_ring.advance();
-        if constexpr (kPipelined) {
-          next_keys();
-          issue_upper();
-          gemm_wait<1>();
-          gemm_fence(lower);
-          release_keys(stage);
-          score(lower, 1, n);
-        } else {
-          gemm_wait<0>();
-          gemm_fence(lower);
-          release_keys(stage);
-          score(lower, 1, n);
-          next_keys();
-          issue_upper();
-        }
-        gemm_wait<0>();
-        gemm_fence(upper);
-        next_tile();
-      }
-      issue_lower();
-      if (!upper_done()) score(upper, 0, key_tiles - 1);
-      gemm_wait<0>();
-      gemm_fence(lower);
-      release_keys(key_ring.stage);
-      key_ring.advance();
-      score(lower, 1, key_tiles - 1);
-      next_tile();
     }
 
     const Slice slice = slice_of();
     const RealKeys real(p, (p.first_head + segment.local_head) / p.heads);
     float *lse = p.lse + lse_index(p, segment.local_head, segment.slice, segment.group, segment.split) * kSampleRows;
     CUTE_UNROLL
-    for (int m = 0; m < 2; ++m) {
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        float total = sum[m][r];
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-        int row = m * 128 + row_in_tile + 8 * r;
-        int position = slice.position(p, slice.row0 + row);
-        bool sampled = slice.row0 + row < slice.row_limit && position >= real.first && position < real.last && total != 0.f;
-        if (lane % 4 == 0) lse[row] = sampled ? peak[m][r] * logit.multiplier + log2f(total) : INFINITY;
-      }
+    for (int r = 0; r < 2; ++r) {
+      float total = sum[r];
+      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(~0u, total, 2);
+      const int row = row_in_group + 8 * r;
+      const int position = slice.position(p, slice.row0 + row);
+      const bool sampled = slice.row0 + row < slice.row_limit && position >= real.first && position < real.last && total != 0.f;
+      if (lane % 4 == 0) lse[row] = sampled ? fmaf(peak[r], logit.multiplier, -Ref::kTop) + log2f(total) : INFINITY;
     }
     ptx::barrier_arrive(&shared.query_empty[query_stage]);
     query_ring.advance();
@@ -508,7 +442,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) sample_kernel(const __gri
       ptx::barrier_init(&shared.query_empty[s], 128 * Traits::kConsumers);
     }
     for (int s = 0; s < Traits::kStages; ++s) {
-      ptx::barrier_init(&shared.key_full[s], 1);
+      ptx::barrier_init(&shared.key_full[s], 1 + Traits::kArrivals);  // the copies are under way, and the weights are there
       ptx::barrier_init(&shared.key_empty[s], 4 * Traits::kConsumers * Traits::kArrivals);
     }
     ptx::fence_barrier_init();
@@ -520,7 +454,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) sample_kernel(const __gri
     ptx::registers_decrease<24>();
     if (threadIdx.x < 32) sample_detail::produce<Traits>(p, shared);
   } else {
-    ptx::registers_increase<240>();
+    ptx::registers_increase<112>();
     sample_detail::consume<Traits>(p, shared);
   }
 }

@@ -99,10 +99,6 @@ inline void load_5d(const CUtensorMap *map, uint64_t *barrier, void *target, int
   const int origin[] = {c0, c1, c2, c3, c4};
   landed(barrier, emulator::copy_box(map, target, origin, true));
 }
-inline void load_bulk(uint64_t *barrier, void *target, const void *source, uint32_t bytes) {
-  std::memcpy(target, source, bytes);
-  landed(barrier, bytes);
-}
 inline void store_4d(const CUtensorMap *map, const void *source, int c0, int c1, int c2, int c3) {
   const int origin[] = {c0, c1, c2, c3};
   emulator::copy_box(map, const_cast<void *>(source), origin, false);
