@@ -59,6 +59,7 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute("policy", "STRING", "one of " + ", ".join(POLICIES)),
     Attribute("alpha", "FLOATS", "one number, or one a query head, each in (0, 1]"),
     Attribute("alpha_slash", "FLOATS", "one number, or one a query head, each in (0, 1]"),
+    Attribute("max_density", "FLOAT", "a number in (0, 1] (column_slash, stripe_window: 1)"),
     Attribute("stride", "INT", "an integer >= 1 that divides block_q and block_k"),
     Attribute("sample_rows", "INT", "an integer >= 1 (tile: divides block_q; column_slash: at most segment)"),
     Attribute("value_weight", "INT", "0 or 1"),
@@ -87,6 +88,7 @@ class Policy:
     policy: str = "residue"
     alpha: tuple[float, ...] = (0.75,)
     alpha_slash: tuple[float, ...] = (0.95,)
+    max_density: float = 1.0
     stride: int = 16
     sample_rows: int = 64
     value_weight: int = 1
@@ -113,7 +115,7 @@ class Policy:
             elif f.name == "policy":
                 if value not in POLICIES:
                     self._refuse("policy", value)
-            elif f.name in ("sample_ratio", "window_ratio"):
+            elif f.name in ("max_density", "sample_ratio", "window_ratio"):
                 number = self._number(f.name, value)
                 low_ok = number >= 0 if f.name == "window_ratio" else number > 0
                 if not (low_ok and number <= 1):
@@ -136,6 +138,9 @@ class Policy:
             self._refuse("sample_rows", f"{self.sample_rows} with block_q {self.block_q}")
         if self.policy == "column_slash" and self.sample_rows > self.segment:
             self._refuse("sample_rows", f"{self.sample_rows} with segment {self.segment}")
+        # They select for whole heads: there is no order of a tile's blocks that a budget could cut off.
+        if self.policy in ("column_slash", "stripe_window") and self.max_density < 1:
+            self._refuse("max_density", f"{self.max_density} with policy {self.policy}")
 
     def for_heads(self, heads: int) -> Policy:
         """The same policy after checking that per-head values fit `heads` query heads."""
@@ -218,7 +223,7 @@ def policy_from_attributes(attributes: Mapping[str, Any]) -> Policy:
         value = attributes[f.name]
         values[f.name] = value.decode() if isinstance(value, bytes) else value
     # ONNX stores FLOAT in 32 bits: 0.9 comes back as 0.8999999761581421.
-    for name in ("sample_ratio", "window_ratio"):
+    for name in ("max_density", "sample_ratio", "window_ratio"):
         if name in values:
             values[name] = _shortest_float32(values[name])
     for name in ("alpha", "alpha_slash"):

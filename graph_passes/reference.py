@@ -120,6 +120,7 @@ def select(q: NDArray, k: NDArray, v: NDArray, key_mask: Bools | None, policy: P
     looked = _looked_at(grid, policy)
     full = full_heads(policy, heads, s, t)
     alpha, alpha_slash = _per_head(policy.alpha, heads), _per_head(policy.alpha_slash, heads)
+    causal_blocks = grid.block_first <= grid.last[:, None]
     per_tile = policy.policy in ("residue", "tile")
 
     masks = np.zeros((batch, heads, grid.tiles, grid.blocks), bool)
@@ -140,7 +141,8 @@ def select(q: NDArray, k: NDArray, v: NDArray, key_mask: Bools | None, policy: P
                 mass[b, h] = grid.by_tile(grid.by_block(p * _weights(v[b, h * v.shape[1] // heads], policy)))
                 free = np.where(forced[b], 0.0, mass[b, h])
                 # Where all of the mass is forced no other block is wanted.
-                kept = (smallest_set(_normalised(free), alpha[h]) & (free > 0)) | forced[b]
+                room = _room(forced[b] & causal_blocks, causal_blocks, policy)
+                kept = (smallest_set(_normalised(free), alpha[h], room) & (free > 0)) | forced[b]
             else:
                 mass[b, h] = _normalised(by_block.sum(0, keepdims=True))
                 kept = smallest_set(mass[b, h], alpha[h]) | forced[b]
@@ -150,7 +152,7 @@ def select(q: NDArray, k: NDArray, v: NDArray, key_mask: Bools | None, policy: P
                 slashes = smallest_set(slash_mass[b, h], alpha_slash[h])
                 kept = kept | _on_slashes(grid, slashes)
             kept = kept | ~evidence | dense_tiles[:, None] | full[h]
-            kept = kept & (grid.block_first <= grid.last[:, None])
+            kept = kept & causal_blocks
 
             masks[b, h] = kept
             rows = sampled.any(-1)
@@ -236,11 +238,16 @@ def full_heads(policy: Policy, heads: int, s: int, t: int) -> Bools:
     return full | (policy.policy == "dense" or t < policy.min_length or s <= DECODE_MAX_ROWS)
 
 
-def smallest_set(mass: Floats, alpha: float) -> Bools:
-    """[..., nK]: the smallest set that reaches cumulative mass >= alpha, largest mass first, ties to the lower index."""
+def smallest_set(mass: Floats, alpha: float, room: Ints | None = None) -> Bools:
+    """[..., nK]: the smallest set that reaches cumulative mass >= alpha, largest mass first, ties to the lower index.
+
+    room: [..., 1], the set ends there at the latest.
+    """
     order = np.argsort(-mass, axis=-1, kind="stable")
     ordered = np.take_along_axis(mass, order, -1)
     kept = np.cumsum(ordered, axis=-1) - ordered < alpha
+    if room is not None:
+        kept &= np.arange(mass.shape[-1]) < room
     out = np.empty_like(kept)
     np.put_along_axis(out, order, kept, -1)
     return out
@@ -285,6 +292,14 @@ def _forced(grid: _Grid, policy: Policy, real: Bools) -> Bools:
     first_real, _ = _real_span(real)
     sink = (grid.block_last >= first_real) & (grid.block_first < first_real + policy.sink) & (policy.sink > 0)
     return near | sink
+
+
+def _room(forced: Bools, causal: Bools, policy: Policy) -> Ints | None:
+    """[nQ, 1] step 4: how many blocks the budget leaves beside the forced ones; None without a budget. forced, causal: [nQ, nK]."""
+    if np.float32(policy.max_density) == 1:
+        return None
+    budget = np.ceil(np.float32(policy.max_density) * causal.sum(-1, keepdims=True).astype(np.float32))
+    return budget.astype(np.int64) - forced.sum(-1, keepdims=True)
 
 
 def _dense_tiles(grid: _Grid, policy: Policy, real: Bools) -> Bools:

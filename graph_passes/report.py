@@ -147,7 +147,8 @@ def _settings(policy: Policy | None) -> str:
     if policy.policy == "dense":
         return "dense"
     low, high = min(policy.alpha), max(policy.alpha)
-    return f"{policy.policy} alpha {low:g}" + (f"..{high:g}" if high != low else "")
+    budget = f", max_density {policy.max_density:g}" if policy.max_density < 1 else ""
+    return f"{policy.policy} alpha {low:g}" + (f"..{high:g}" if high != low else "") + budget
 
 
 def _site_table(rows: Sequence[tuple[AttentionSite, str]]) -> list[str]:

@@ -76,7 +76,11 @@ def block_mask(
         weight = weight.repeat_interleave(Hq // k.shape[1], 1)  # [B, Hq, T]
         mass = (_residue_mass if policy.policy == "residue" else _tile_mass)(q, k, weight, mask, policy, scale, softcap)
         free = mass * ~forced
-        keep = _smallest_set(free / free.sum(-1, keepdim=True).clamp(min=1e-30), alpha) & (free > 0) | forced
+        room, max_density = None, torch.tensor(policy.max_density, dtype=torch.float32)
+        if max_density < 1:
+            budget = (max_density * causal.sum(-1, keepdim=True).float()).ceil().long()  # [nq, 1]
+            room = budget - (forced & causal).sum(-1, keepdim=True)
+        keep = _smallest_set(free / free.sum(-1, keepdim=True).clamp(min=1e-30), alpha, room) & (free > 0) | forced
         none = mass.sum(-1) == 0  # [B, Hq, nq]
     else:
         rows = _sampled_rows(S, policy).to(dev)
@@ -299,11 +303,16 @@ def _residue_mass(
     return out
 
 
-def _smallest_set(mass: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """Smallest set of the last axis whose mass reaches alpha, largest first, ties to the lower index; `mass` sums to 1 or is all zero."""
+def _smallest_set(mass: torch.Tensor, alpha: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+    """Smallest set of the last axis whose mass reaches alpha, largest first, ties to the lower index; `mass` sums to 1 or is all zero.
+
+    room: broadcasts against `mass`; the set ends after so many at the latest.
+    """
     import torch
 
     ordered, order = torch.sort(mass, dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     keep = before < alpha.view((1, -1) + (1,) * (mass.ndim - 2))
+    if room is not None:
+        keep = keep & (torch.arange(mass.shape[-1], device=mass.device) < room)
     return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, keep)

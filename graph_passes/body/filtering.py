@@ -24,7 +24,7 @@ def block_mask(g: Builder, geo: Geometry, policy: str, sampled: Sample, full: Va
         share = free / free.sum(-1, keepdims=True).maximum(1e-37)
         nothing_seen = ~(sampled.mass.sum(-1, keepdims=True) > 0.0)
         # All of the mass may be forced: then no other block is wanted, although none of them reaches alpha.
-        kept = (_smallest_set(g, geo, share, alpha) & (free > 0.0)) | forced | nothing_seen
+        kept = (_smallest_set(g, geo, share, alpha, _room(g, geo, forced)) & (free > 0.0)) | forced | nothing_seen
     else:
         kept = _smallest_set(g, geo, sampled.mass, alpha) | forced
     if sampled.slash_mass is not None:
@@ -83,10 +83,19 @@ def _dense_tiles(g: Builder, geo: Geometry) -> Value:
     return (last >= end - dense_rows.to_float()) & (first < end) & (dense_rows > 0)
 
 
-def _smallest_set(g: Builder, geo: Geometry, mass: Value, alpha: Value) -> Value:
-    """The smallest set with cumulative mass >= alpha, by mass, ties to the lower index."""
+def _room(g: Builder, geo: Geometry, forced: Value) -> Value:
+    """[B or 1, 1, tiles, 1]: how many blocks the budget leaves beside the forced ones (without a budget, all of them)."""
+    causal = _causal_blocks(geo)
+    budget = g.node("Ceil", g.attribute("max_density", "FLOAT") * causal.to_int().sum(-1, keepdims=True).to_float(), kind="f").to_int()
+    return budget - (forced & causal).to_int().sum(-1, keepdims=True)
+
+
+def _smallest_set(g: Builder, geo: Geometry, mass: Value, alpha: Value, room: Value | None = None) -> Value:
+    """The smallest set with cumulative mass >= alpha, by mass, ties to the lower index; it ends after `room` blocks at the latest."""
     ordered, index = g.nodes_of("TopK", mass, geo.blocks, kinds=("f", "i"), axis=-1)
     kept = g.cumulative(ordered, exclusive=True) < alpha
+    if room is not None:
+        kept = kept & (geo.arange(geo.blocks) < room)
     nothing = g.node("Expand", g.constant(0, "i"), g.node("Shape", index, kind="i"), kind="i")
     return g.node("ScatterElements", nothing, index, kept.to_int(), kind="i", axis=-1).to_bool()
 

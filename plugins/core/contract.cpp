@@ -44,6 +44,10 @@ Status check_policy(const sa_problem &p) {
     return fail(SA_INVALID, "block_q is %d; allowed: a power of two from 16 to 256.", p.block_q);
   if (p.policy == SA_DENSE) return {};
   if (!threshold(p.alpha)) return fail(SA_INVALID, "alpha is %g; allowed: above 0, at most 1.", p.alpha);
+  if (!(p.max_density > 0.f && p.max_density <= 1.f)) return fail(SA_INVALID, "max_density is %g; allowed: above 0, at most 1.", p.max_density);
+  if (p.max_density < 1.f && per_head(p))
+    return fail(SA_INVALID, "max_density is %g with policy %s, which selects for whole heads; allowed: 1 (residue and tile take a budget).", p.max_density,
+                p.policy == SA_COLUMN_SLASH ? "column_slash" : "stripe_window");
   if (p.window < 0 || p.sink < 0 || p.dense_rows < 0 || p.min_length < 0)
     return fail(SA_INVALID, "window %d, sink %d, dense_rows %d, min_length %d: none may be negative.", p.window, p.sink, p.dense_rows, p.min_length);
   if (p.value_weight != 0 && p.value_weight != 1) return fail(SA_INVALID, "value_weight is %d; allowed: 0 or 1.", p.value_weight);

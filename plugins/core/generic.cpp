@@ -172,9 +172,8 @@ Status filter(const Call &call, const float *mass, const sa_block_lists &lists, 
   const sa_problem &p = a.problem;
   const int window = std::min(forced_window(p), p.keys), sink = std::min(p.sink, p.keys), dense_rows = std::min(p.dense_rows, p.keys);
   if (!per_head(p)) {
-    const FilterParams f{mass,      a.alpha,   a.bounds, lists.counts,     lists.indices, p.alpha,        p.batch,
-                         p.heads,   p.queries, p.keys,   lists.first_tile, lists.tiles,   lists.capacity, p.block_q,
-                         p.block_k, window,    sink,     dense_rows,       call.only};
+    const FilterParams f{mass,   a.alpha,          a.bounds,    lists.counts,   lists.indices, p.alpha,   p.max_density, p.batch, p.heads,    p.queries,
+                         p.keys, lists.first_tile, lists.tiles, lists.capacity, p.block_q,     p.block_k, window,        sink,    dense_rows, call.only};
     return from_cuda(launch_filter(f, call.stream), "Launching the filter kernel");
   }
   const SelectSpace space(p, 0, base);

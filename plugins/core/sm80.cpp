@@ -221,6 +221,7 @@ Status filter(const Call &call, const float *mass, const sa_block_lists &lists, 
   f.counts = lists.counts;
   f.indices = lists.indices;
   f.alpha_all = p.alpha;
+  f.max_density = p.max_density;
   f.batch = p.batch;
   f.heads = p.heads;
   f.queries = p.queries;

@@ -221,8 +221,8 @@ Status retain(const Call &call, const sa_block_lists &lists, int chunk, Retained
 
 Status filter(const Call &call, const float *mass, const sa_block_lists &lists, void *) {
   const sa_problem &p = call.params.problem;
-  FilterParams f{mass, call.params.alpha, call.params.bounds, lists.counts, lists.indices, p.alpha, p.batch, p.heads, p.queries, p.keys, lists.first_tile,
-                 lists.tiles, lists.capacity, p.block_q, p.block_k,
+  FilterParams f{mass, call.params.alpha, call.params.bounds, lists.counts, lists.indices, p.alpha, p.max_density, p.batch, p.heads, p.queries, p.keys,
+                 lists.first_tile, lists.tiles, lists.capacity, p.block_q, p.block_k,
                  // Token counts beyond the keys mean all of them, and would overflow in the kernel.
                  std::min(p.window, p.keys), std::min(p.sink, p.keys), std::min(p.dense_rows, p.keys), nullptr};
   return from_cuda(launch_filter(f, call.stream, true), "Launching the filter kernel");

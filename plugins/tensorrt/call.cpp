@@ -130,6 +130,7 @@ std::string make_problem(const Extents &e, DataType type, bool has_key_mask, con
   problem->policy = policy_code(p.policy);
   problem->alpha = *std::min_element(p.alpha.begin(), p.alpha.end());
   problem->alpha_slash = *std::min_element(p.alpha_slash.begin(), p.alpha_slash.end());
+  problem->max_density = p.max_density;
   problem->stride = p.stride;
   problem->sample_rows = p.sample_rows;
   problem->value_weight = p.value_weight;

@@ -130,18 +130,19 @@ std::string check(const char *name, const char *allowed, const Reals &values, Te
 
 // Constraints between attributes bind only the policy that reads them; the others carry their defaults.
 std::string check_together(const Parameters &p) {
-  const auto refuse = [](const char *name, int32_t got, const std::string &with) {
+  const auto refuse = [](const char *name, auto got, const std::string &with) {
     const char *allowed = "";
 #define SA_ATTRIBUTE(type, attribute, sentence, ok) \
   if (std::strcmp(name, #attribute) == 0) allowed = sentence;
 #include "attributes.def"
-    return not_allowed(name, std::to_string(got) + " with " + with, allowed);
+    return not_allowed(name, render(got) + " with " + with, allowed);
   };
   const auto text = [](int32_t v) { return std::to_string(v); };
   if (p.policy == "residue" && (p.block_q % p.stride != 0 || p.block_k % p.stride != 0))
     return refuse("stride", p.stride, "block_q " + text(p.block_q) + " and block_k " + text(p.block_k));
   if (p.policy == "tile" && p.block_q % p.sample_rows != 0) return refuse("sample_rows", p.sample_rows, "block_q " + text(p.block_q));
   if (p.policy == "column_slash" && p.sample_rows > p.segment) return refuse("sample_rows", p.sample_rows, "segment " + text(p.segment));
+  if ((p.policy == "column_slash" || p.policy == "stripe_window") && p.max_density < 1) return refuse("max_density", p.max_density, "policy " + p.policy);
   if (p.alpha.size() > 1 && p.alpha_slash.size() > 1 && p.alpha.size() != p.alpha_slash.size())
     return "alpha has " + std::to_string(p.alpha.size()) + " values and alpha_slash has " + std::to_string(p.alpha_slash.size()) +
            "; allowed is one value, or one a query head, in each.";

@@ -11,7 +11,7 @@ from sa_export.errors import UserError
 
 __all__ = ["ABI_VERSION", "BlockLists", "PrefillParams", "Problem", "Support", "Tensor", "find_library", "load", "message_of"]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 _NAME = "libsample_attention_kernels.so"
 _VARIABLE = "SA_EXPORT_KERNELS"
 _MESSAGE_BYTES = 512  # of sa_support.text too
@@ -24,7 +24,7 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("dtype", "batch", "heads", "kv_heads", "queries", "keys", "head_dim", "value_dim")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         ("policy", ctypes.c_int32),
-        *((name, ctypes.c_float) for name in ("alpha", "alpha_slash")),
+        *((name, ctypes.c_float) for name in ("alpha", "alpha_slash", "max_density")),
         *((name, ctypes.c_int32) for name in ("stride", "sample_rows", "value_weight", "segment")),
         *((name, ctypes.c_float) for name in ("sample_ratio", "window_ratio")),
         *((name, ctypes.c_int32) for name in ("block_q", "block_k", "window", "sink", "dense_rows", "min_length")),

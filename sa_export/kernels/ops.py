@@ -82,6 +82,7 @@ def make_problem(
         # Per-head values travel as a device array. One head below 1 is enough for the problem not to be full attention.
         alpha=min(policy.alpha),
         alpha_slash=min(policy.alpha_slash),
+        max_density=policy.max_density,
         stride=policy.stride,
         sample_rows=policy.sample_rows,
         value_weight=policy.value_weight,

@@ -41,6 +41,8 @@ std::vector<Case> cases() {
   add("tile", "tile", {2, 4, 2, 90, 90, 16, 16, false});
   add("tile, chunk, mask", "tile", {2, 4, 1, 40, 130, 16, 16, true});
   add("residue", "residue", {1, 4, 4, 70, 85, 8, 8, true});
+  add("tile, budget", "tile", {2, 4, 2, 190, 190, 8, 8, true}).max_density = 0.3f;
+  add("residue, budget", "residue", {1, 4, 2, 150, 190, 8, 8, false}).max_density = 0.4f;
   add("column_slash", "column_slash", {2, 2, 1, 100, 100, 8, 12, false});
   add("stripe_window", "stripe_window", {1, 4, 2, 77, 111, 8, 8, true});
   add("dense", "dense", {1, 4, 2, 33, 50, 16, 4, true}).softcap = 2;
@@ -159,6 +161,7 @@ reference::Outputs expected(const Case &c, DataType type, const Data &data) {
              : n.policy == "tile"         ? SA_TILE
              : n.policy == "column_slash" ? SA_COLUMN_SLASH
                                           : SA_STRIPE_WINDOW;
+  p.max_density = n.max_density;
   p.stride = n.stride;
   p.sample_rows = n.sample_rows;
   p.value_weight = n.value_weight;

@@ -37,6 +37,7 @@ struct Node {
   int32_t is_causal = 1;
   std::string policy = "tile";
   std::vector<float> alpha{0.6f}, alpha_slash{0.7f};
+  float max_density = 1;
   int32_t stride = 8, sample_rows = 4, value_weight = 1, segment = 48;
   float sample_ratio = 0.2f, window_ratio = 0.11f;
   int32_t block_q = 32, block_k = 16, window = 9, sink = 40, dense_rows = 7, min_length = 17;

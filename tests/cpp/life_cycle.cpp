@@ -16,6 +16,7 @@ void Node::fill(Fields *f) const {
   f->add("policy", policy);
   f->add("alpha", alpha);
   f->add("alpha_slash", alpha_slash);
+  f->add("max_density", max_density);
   f->add("stride", stride);
   f->add("sample_rows", sample_rows);
   f->add("value_weight", value_weight);
@@ -84,7 +85,7 @@ constexpr DataType kTypes[] = {DataType::kFLOAT, DataType::kHALF, DataType::kBF1
 void check_creation(Library &library) {
   auto *creator = library.creator();
   const auto *names = creator->getFieldNames();
-  CHECK(names != nullptr && names->nbFields == 18);
+  CHECK(names != nullptr && names->nbFields == 19);
   CHECK(names == creator->getFieldNames());
   CHECK(std::string(creator->getPluginName()) == "SampleAttention");
   Plugin plugin = create(library, Node());
@@ -342,7 +343,7 @@ void check_workspace(Library &library) {
 }
 
 void check_timing_cache_id(Library &library) {
-  std::vector<Node> nodes(20);
+  std::vector<Node> nodes(21);
   nodes[1].scale = 0.36f;
   nodes[2].softcap = 30;
   nodes[3].policy = "residue";
@@ -362,6 +363,7 @@ void check_timing_cache_id(Library &library) {
   nodes[17].min_length = 18;
   nodes[18].certificate = 1;
   nodes[19].alpha = {0.6f, 0.6f};
+  nodes[20].max_density = 0.99f;
   std::set<std::string> ids;
   for (const Node &node : nodes) {
     Plugin plugin = create(library, node);

@@ -61,12 +61,18 @@ CASES = {
     # The first dense position is the last row of a tile; the first padding position is the first row of one.
     "dense_boundary": Case(s=200, t=200, policy={"dense_rows": 41}),
     "padding_boundary": Case(s=192, t=192, batch=2, padding="right", policy={"dense_rows": 5}),
+    "budget": Case(s=256, t=256, batch=2, padding="both", policy={"max_density": 0.35, "alpha": 0.9, "dense_rows": 20}),
+    "budget_of_a_chunk": Case(s=100, t=331, policy={"max_density": 0.2, "alpha": [0.9, 0.9, 1.0, 0.2]}),
+    "budget_below_the_forced": Case(s=200, t=200, policy={"max_density": 1e-6, "window": 40}),
     "half_ratio": Case(s=150, t=150, policy={"sample_ratio": 0.4}),  # round(2.5) is 2
 }
 
 
 def policy_of(case: Case, name: str, **changes: object) -> op.Policy:
-    return op.Policy(policy=name, **(SMALL | case.policy | changes))  # type: ignore[arg-type]
+    values = SMALL | case.policy | changes
+    if name in ("column_slash", "stripe_window"):
+        values.pop("max_density", None)
+    return op.Policy(policy=name, **values)  # type: ignore[arg-type]
 
 
 def expected(case: Case, policy: op.Policy) -> tuple[NDArray, reference.Selection, NDArray]:
@@ -86,7 +92,9 @@ def assert_same_blocks(got: NDArray, policy: op.Policy, selection: reference.Sel
         alpha = np.float32(policy.alpha[h % len(policy.alpha)])
         mass = mass / mass[~forced].sum()
         unforced = mass[got[b, h, t] & ~forced]
-        assert unforced.sum() >= alpha - 1e-6
+        # A budget that ends both sets lets them differ in equal masses alone.
+        reached = unforced.sum() >= alpha - 1e-6
+        assert reached or (policy.max_density < 1 and got[b, h, t].sum() == selection.block_mask[b, h, t].sum())
         assert unforced.sum() - unforced.min(initial=1) < alpha + 1e-6
         assert unforced.min(initial=1) >= mass[~got[b, h, t] & ~forced].max(initial=0) - 1e-6
 
@@ -227,6 +235,29 @@ def test_equal_masses_go_to_the_lower_block_and_reaching_alpha_is_enough(alpha: 
         assert set(np.flatnonzero(got[t])) == {t} | set(range(others))
 
 
+@pytest.mark.parametrize(("max_density", "room"), [(0.5, 4), (0.51, 5), (1.0, 7)])
+def test_a_budget_takes_equal_masses_from_the_lower_block(max_density: float, room: int) -> None:
+    """All keys equal; the last tile sees 16 blocks, of which 4 are forced: two of its own, two of the sink."""
+    case = Case(s=256, t=256, heads=1, kv_heads=1)
+    feeds = case.feeds() | {"key": np.zeros((1, 1, 256, 16), np.float32)}
+    p = policy_of(case, "tile", alpha=0.55, sink=32, sample_rows=1, value_weight=0, max_density=max_density)
+    got = run(node_model(p, case, probe=True), feeds)["block_mask"][0, 0]
+    np.testing.assert_array_equal(np.flatnonzero(got[7]), [*range(2 + room), 14, 15])
+    selection = reference.select(feeds["query"], feeds["key"], feeds["value"], None, p, case.scale)
+    np.testing.assert_array_equal(got, selection.block_mask[0, 0])
+
+
+@pytest.mark.parametrize("policy", ["residue", "tile"])
+def test_a_budget_binds(policy: str) -> None:
+    """The comparisons with a budget mean something: without it more is kept."""
+    case = CASES["budget"]
+    p = policy_of(case, policy)
+    got = run(node_model(p, case, probe=True), case.feeds())["block_mask"]
+    more = run(node_model(p.replace(max_density=1.0), case, probe=True), case.feeds())["block_mask"]
+    assert (got <= more).all()
+    assert (got != more).any(-1).mean() > 0.3
+
+
 @pytest.mark.parametrize("certificate", [False, True])
 @pytest.mark.parametrize("policy", op.POLICIES)
 def test_node_gives_what_the_probe_gives(policy: str, certificate: bool) -> None:
@@ -276,8 +307,8 @@ def test_attributes_are_referenced_with_their_types_and_all_that_matter_are_read
     selecting = always | {"alpha", "window", "sink", "dense_rows", "min_length"}
     assert read == {
         "dense": always,
-        "residue": selecting | {"stride", "value_weight"},
-        "tile": selecting | {"sample_rows", "value_weight"},
+        "residue": selecting | {"max_density", "stride", "value_weight"},
+        "tile": selecting | {"max_density", "sample_rows", "value_weight"},
         "column_slash": selecting | {"alpha_slash", "sample_rows", "segment"},
         "stripe_window": selecting | {"sample_ratio", "window_ratio"},
     }

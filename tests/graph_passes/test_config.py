@@ -31,7 +31,7 @@ def read(text: str, folder: Path) -> Config:
 
 
 def test_what_is_written_reads_back(tmp_path: Path) -> None:
-    defaults = Policy(alpha=(0.95,), sample_ratio=1e-7, window=32)
+    defaults = Policy(alpha=(0.95,), max_density=0.3, sample_ratio=1e-7, window=32)
     overrides = {"layers.0": {"policy": "dense"}, "layers.1": {"alpha": [0.8, 0.9, 1.0, 0.85]}, "layers.2": {"skip": True}}
     path = write_config(tmp_path / "attention.yaml", SITES, defaults, declined=DECLINED, overrides=overrides)
     config = load_config(path)
@@ -104,6 +104,10 @@ WRONG = {
     "override that does not fit the defaults": (
         HEAD + "defaults: {policy: residue, stride: 64}\nsites:\n  - id: layers.0\n    block_k: 32\n",
         "layers.0: stride is '64 with block_q 128 and block_k 32'",
+    ),
+    "a budget that the policy of a site does not take": (
+        HEAD + "defaults: {max_density: 0.3}\nsites:\n  - id: layers.0\n    policy: stripe_window\n",
+        "line 4, layers.0: max_density is '0.3 with policy stripe_window'; allowed is a number in (0, 1] (column_slash, stripe_window: 1).",
     ),
     "no version": ("defaults: {}\n", "`version` is missing; write `version: 1`."),
     "another version": ("version: 2\n", "line 1: version is 2; this program reads version 1."),

@@ -25,7 +25,7 @@ def test_defaults_are_what_the_documents_say() -> None:
         c[1].strip().strip("`"): c[3].strip().strip("`") for c in (line.split("|") for line in text.splitlines() if line.count("|") == 6)
     }
     for name, value in policy.as_dict().items():
-        assert table[name] == str(value), name
+        assert table[name] == str(value).removesuffix(".0"), name
 
 
 def test_fields_are_the_attributes() -> None:
@@ -56,6 +56,11 @@ def test_document_lists_the_same_attributes_with_the_same_types_and_defaults() -
         ({"alpha": "0.9"}, "alpha is '0.9'; "),
         ({"alpha": True}, "alpha is True; "),
         ({"alpha_slash": -0.1}, "alpha_slash is -0.1; "),
+        ({"max_density": 0}, "max_density is 0; allowed is a number in (0, 1] (column_slash, stripe_window: 1)."),
+        ({"max_density": 1.5}, "max_density is 1.5; "),
+        ({"max_density": (0.5, 0.5)}, "max_density is (0.5, 0.5); "),
+        ({"policy": "column_slash", "max_density": 0.5}, "max_density is '0.5 with policy column_slash'; "),
+        ({"policy": "stripe_window", "max_density": 0.999}, "max_density is '0.999 with policy stripe_window'; "),
         ({"stride": 0}, "stride is 0; allowed is an integer >= 1"),
         ({"policy": "residue", "stride": 48}, "stride is '48 with block_q 128 and block_k 64'; "),
         ({"policy": "residue", "stride": 128, "block_q": 256}, "stride is '128 with block_q 256 and block_k 64'; "),
@@ -87,7 +92,8 @@ def test_refusals_say_what_was_got_and_what_is_allowed(values: dict[str, object]
         {"alpha": 1, "sample_ratio": 1},
         {"policy": "tile", "stride": 48},  # constraints bind the policy that reads them
         {"policy": "dense", "stride": 48, "sample_rows": 5000},
-        {"policy": "column_slash", "sample_rows": 2048},
+        {"policy": "column_slash", "sample_rows": 2048, "max_density": 1},
+        {"policy": "dense", "max_density": 0.5},
         {"min_length": 2**31 - 1, "sink": 0, "window": 0},
     ],
 )
@@ -115,6 +121,7 @@ def test_per_head_values_must_fit_the_site() -> None:
         Policy(policy="column_slash", alpha=(0.9, 0.95, 1.0, 0.123456), alpha_slash=0.8, segment=4096, sample_rows=64),  # type: ignore[arg-type]
         Policy(policy="stripe_window", sample_ratio=0.07, window_ratio=0.1, block_q=16, block_k=256),
         Policy(policy="dense", min_length=0, dense_rows=7, window=3, sink=0),
+        Policy(policy="tile", max_density=0.3),
     ],
 )
 def test_a_policy_survives_the_file(policy: Policy) -> None:

@@ -34,12 +34,22 @@ CASES = {
     "nothing_real": Case(s=20, t=33, batch=2, heads=2, padding="nothing_real"),
     "per_head": Case(s=50, t=50, heads=2, policy={"alpha": [0.5, 1.0], "alpha_slash": [0.9, 0.2]}),
     "unweighted": Case(s=50, t=60, heads=2, policy={"value_weight": 0}),
+    # Binding, below the forced blocks alone, and both in one call; dense tiles and full heads have no budget.
+    "budget": Case(s=150, t=150, heads=2, policy={"max_density": 0.4, "alpha": 0.95}),
+    "budget_of_a_chunk": Case(
+        s=70, t=211, batch=2, heads=2, padding="left", policy={"max_density": 0.3, "alpha": [0.95, 1.0], "dense_rows": 20}
+    ),
+    "budget_below_the_forced": Case(s=150, t=170, heads=2, policy={"max_density": 0.01, "window": 40, "sink": 20}),
+    "budget_that_is_rarely_reached": Case(s=150, t=150, heads=2, policy={"max_density": 0.8, "alpha": 0.6}),
     "narrow": Case(s=49, t=49, heads=2, policy={"sink": 0, "alpha": 0.3, "alpha_slash": 0.1, "window_ratio": 0.0, "sample_ratio": 0.4}),
 }
 
 
 def policy_of(case: Case, name: str) -> op.Policy:
-    return op.Policy(policy=name, **(SMALL | case.policy))
+    values = SMALL | case.policy
+    if name in ("column_slash", "stripe_window"):
+        values.pop("max_density", None)
+    return op.Policy(policy=name, **values)
 
 
 class Loops:
@@ -82,13 +92,13 @@ class Loops:
         weights = {(i, j): math.exp(self.score[i, j]) for j in range(self.position(i) + 1) if self.real[j] and self.looks_at(i, j)}
         return {pair: w / sum(weights.values()) for pair, w in weights.items()}
 
-    def smallest(self, mass: list[float], forced: set[int], alpha: float) -> set[int]:
-        """The smallest set of blocks beside the forced ones that has `alpha` of the mass beside them."""
+    def smallest(self, mass: list[float], forced: set[int], alpha: float, most: float = math.inf) -> set[int]:
+        """The smallest set of blocks beside the forced ones that has `alpha` of the mass beside them, or the `most` heaviest if these have less."""
         free = set(range(len(mass))) - forced
         whole = sum(mass[k] for k in free)
         kept: set[int] = set()
         for k in sorted(free, key=lambda k: (-mass[k], k)):
-            if sum(mass[i] for i in kept) >= alpha * whole:
+            if sum(mass[i] for i in kept) >= alpha * whole or len(kept) >= most:
                 break
             kept.add(k)
         return kept
@@ -118,7 +128,11 @@ class Loops:
             for (i, j), x in pairs.items():
                 mass[self.block_of[j]] += x / total if per_head else x * self.weight[j]
                 slash[(self.position(i) - j) // p.block_k] += x / total
-            kept = forced | self.smallest(mass, set() if per_head else forced, self.alpha[0])
+            always = forced & causal
+            budget = max(len(always), math.ceil(np.float32(p.max_density) * np.float32(len(causal))))
+            kept = forced | self.smallest(
+                mass, set() if per_head else forced, self.alpha[0], math.inf if per_head else budget - len(always)
+            )
             if p.policy == "column_slash":
                 slashes = self.smallest(slash, set(), self.alpha[1])
                 on = [(i, j) for i in rows for j in range(self.position(i) + 1) if (self.position(i) - j) // p.block_k in slashes]
@@ -201,6 +215,47 @@ def test_smallest_set_is_the_smallest_by_exhaustion() -> None:
         dropped = np.flatnonzero(~kept)
         for k in np.flatnonzero(kept):  # ties go to the lower index
             assert all(mass[k] > mass[j] or (mass[k] == mass[j] and k < j) for j in dropped)
+
+
+@pytest.mark.parametrize("policy", ["residue", "tile"])
+def test_a_budget_keeps_the_heaviest_blocks_and_no_more_than_it_says(policy: str) -> None:
+    """The spec's sentence in terms of what is kept without a budget: the forced blocks, and the heaviest others as far as there is room."""
+    case = Case(s=300, t=340, batch=2, heads=2, padding="left", policy={"alpha": 0.9, "dense_rows": 20})
+    x, seen = case.tensors(), set()
+    arrays = (x["query"], x["key"], x["value"], case.key_mask())
+    free = reference.select(*arrays, policy_of(case, policy), case.scale)
+    last = np.minimum((np.arange(19) + 1) * 16, 300) - 1 + 40
+    for share in (0.02, 0.2, 0.35, 0.5, 0.9):
+        p = policy_of(case, policy).replace(max_density=share)
+        got = reference.select(*arrays, p, case.scale)
+        np.testing.assert_array_equal(got.mass, free.mass)
+        for b, h, t in np.ndindex(got.block_mask.shape[:3]):
+            begun = np.arange(got.block_mask.shape[3]) * 16 <= last[t]
+            forced, wanted = got.forced[b, t] & begun, free.block_mask[b, h, t]
+            if not got.mass[b, h, t].any() or last[t] >= 340 - 20:
+                np.testing.assert_array_equal(got.block_mask[b, h, t], begun)
+                seen.add("everything")
+                continue
+            limit = max(forced.sum(), math.ceil(np.float32(share) * np.float32(begun.sum())))
+            assert (got.block_mask[b, h, t] & forced == forced).all()
+            if wanted.sum() <= limit:
+                np.testing.assert_array_equal(got.block_mask[b, h, t], wanted)
+                seen.add("alpha decides")
+                continue
+            order = sorted(np.flatnonzero(wanted & ~forced), key=lambda k: (-got.mass[b, h, t, k], k))
+            expected = set(np.flatnonzero(forced)) | set(order[: limit - forced.sum()])
+            assert set(np.flatnonzero(got.block_mask[b, h, t])) == expected
+            seen.add("forced alone" if limit == forced.sum() else "budget decides")
+    assert seen == {"everything", "alpha decides", "budget decides", "forced alone"}
+
+
+@pytest.mark.parametrize(("share", "blocks"), [(0.1, 1), (0.3, 3), (0.31, 4), (0.7, 7), (0.999, 10)])
+def test_a_budget_is_rounded_up_from_float32(share: float, blocks: int) -> None:
+    """Of 10 equal blocks, the last one forced; 0.1 and 0.7 of 10 are 1 and 7, although their float32 values lie above and below."""
+    p = op.Policy(policy="tile", min_length=0, alpha=0.99, sink=0, dense_rows=0, block_q=32, block_k=32, sample_rows=1, max_density=share)
+    flat = np.zeros((1, 1, 320, 4))
+    kept = reference.select(flat, flat, flat + 1, None, p, 1.0).block_mask[0, 0, 9]
+    np.testing.assert_array_equal(np.flatnonzero(kept), [*range(blocks - 1), 9])  # equal masses: the lowest
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -205,9 +205,20 @@ def _threshold(values: tuple[float, ...], head: int) -> float:
     return float(torch.tensor(values[head % len(values)], dtype=torch.float32))
 
 
-def _smallest(mass: torch.Tensor, need: torch.Tensor | float) -> torch.Tensor:
+def room(case: Case, policy: Policy, batch: int) -> torch.Tensor:
+    """Step 4: how many blocks the budget leaves beside the forced ones, int64 [nQ, 1]."""
+    _, last, block = grid_positions(case, policy)
+    begun = block <= last
+    budget = (torch.tensor(policy.max_density, dtype=torch.float32) * begun.sum(-1, keepdim=True).float()).ceil().long()
+    return (budget - (forced(case, policy, batch) & begun).sum(-1, keepdim=True)).clamp(min=0)
+
+
+def _smallest(mass: torch.Tensor, need: torch.Tensor | float, most: torch.Tensor | None = None) -> torch.Tensor:
+    """Largest first until their sum reaches need, at most `most` of them."""
     ordered, order = mass.sort(dim=-1, descending=True, stable=True)
     wanted = (ordered.cumsum(-1) - ordered < need) & (ordered > 0)
+    if most is not None:
+        wanted &= torch.arange(mass.shape[-1], device=mass.device) < most
     return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, wanted)
 
 
@@ -248,10 +259,19 @@ def select(case: Case, policy: Policy, mass: torch.Tensor, slack: float = 0.0) -
                 evidence = evidence[:1]
             else:
                 free = mass[b, h].masked_fill(keep_always, 0.0)
-                chosen, full = _smallest(free, alpha * free.sum(-1, keepdim=True)), alpha >= 1
+                chosen, full = _smallest(free, alpha * free.sum(-1, keepdim=True), room(case, policy, b)), alpha >= 1
             everything = _dense_tiles(case, policy, b) | ~evidence | full
             kept[b, h] = (chosen | keep_always | everything) & (block <= last)
     return kept
+
+
+def exact_masses(case: Case, policy: Policy, ties: bool) -> torch.Tensor:
+    """Random block masses [B, Hq, nQ, nK], float32, whose sums are exact: a selection by them does not depend on rounding. ties: only 0 to 3 of them."""
+    _, last, block = grid_positions(case, policy)
+    generator = torch.Generator(device=case.device).manual_seed(case.seed)
+    shape = (case.batch, case.heads, len(last), len(block))
+    drawn = torch.rand(shape, generator=generator, device=case.device)
+    return (drawn * 4 if ties else 1000 * drawn**2).floor() * (block <= last)
 
 
 def certificate(case: Case, q: torch.Tensor, k: torch.Tensor, policy: Policy, kept: torch.Tensor) -> torch.Tensor:
@@ -284,7 +304,10 @@ def assert_selection(case: Case, policy: Policy, kept: torch.Tensor, mass: torch
     for b, h, t in differing.nonzero().tolist():
         alpha = policy.alpha[h % len(policy.alpha)]
         free = mass[b, h, t].masked_fill(forced(case, policy, b)[t], 0.0)
-        assert free[kept[b, h, t]].sum() >= alpha * (1 - 2 * rounding) * free.sum(), (case, policy, b, h, t)
+        taken, most = int((kept[b, h, t] & ~forced(case, policy, b)[t]).sum()), int(room(case, policy, b)[t])
+        assert taken <= most, (case, policy, b, h, t)
+        if taken < most:
+            assert free[kept[b, h, t]].sum() >= alpha * (1 - 2 * rounding) * free.sum(), (case, policy, b, h, t)
         chosen = want[b, h, t] & (free > 0)
         if chosen.any():  # blocks in one set alone weigh what the threshold does, but for rounding
             exchanged = free[kept[b, h, t] != want[b, h, t]]

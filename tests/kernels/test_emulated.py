@@ -78,15 +78,19 @@ class Call:
         shape = (*self.q.shape[:2], -(-self.q.shape[2] // p.block_q), -(-self.k.shape[2] // p.block_k))
         mass = np.full(shape, np.nan, np.float32)
         self.run("sa_sample", 0, shape[2], mass.ctypes.data)
-        counts, indices = np.full(shape[:3], -1, np.int32), np.full(shape, -1, np.int32)
-        lists = BlockLists(counts.ctypes.data, indices.ctypes.data, 0, shape[2], shape[3])
+        return mass, self.filter(mass)
+
+    def filter(self, mass):
+        """Kept bool [B, Hq, nQ, nK] of masses of every tile."""
+        counts, indices = np.full(mass.shape[:3], -1, np.int32), np.full(mass.shape, -1, np.int32)
+        lists = BlockLists(counts.ctypes.data, indices.ctypes.data, 0, *mass.shape[2:])
         self.run("sa_filter", mass.ctypes.data, ctypes.byref(lists))
-        kept = np.zeros(shape, bool)
-        for at in np.ndindex(*shape[:3]):
+        kept = np.zeros(mass.shape, bool)
+        for at in np.ndindex(*mass.shape[:3]):
             chosen = indices[at][: counts[at]]
             assert (np.diff(chosen) > 0).all()
             kept[at][chosen] = True
-        return mass, kept
+        return kept
 
     def check_output(self, kept):
         """At most twice the error of a plain implementation in the same dtype."""
@@ -154,6 +158,8 @@ def tile(rows=16, **changes):
         ({"s": 600, "t": 600, "heads": 1}, tile(16, block_q=256, block_k=32)),
         ({"s": 290, "t": 530, "bounds": [[37, 500]], "heads": 1}, tile(dense_rows=100)),
         ({"s": 200, "t": 300, "bounds": [[290, 300]]}, residue(sink=64)),
+        ({"s": 600, "t": 700}, residue(sink=64, alpha=(0.9,), max_density=0.5)),
+        ({"s": 400, "t": 700, "bounds": [[37, 690]]}, tile(32, alpha=(0.95, 0.5), max_density=0.3)),
     ],
 )
 def test_selection_and_output(call, policy):
@@ -188,6 +194,37 @@ def test_filter_takes_ties_from_the_lower_index(blocks):
         begun = 2 * (first + at) + 2
         free = -(-(begun - 2) // 2)
         assert indices[at][: counts[at]].tolist() == [*range(free), *range(begun - 2, begun)]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        ({"s": 1500, "t": 1900, "bounds": [[70, 1900], [0, 1700]], "batch": 2}, {"sink": 130, "dense_rows": 100}),
+        ({"s": 1500, "t": 1500}, {"alpha": (0.5, 1.0), "window": 200}),
+        ({"s": 500, "t": 600, "bounds": [[300, 600]]}, {"sink": 200}),  # sink and own blocks overlap
+        ({"s": 300, "t": 32000}, {"block_k": 16, "sink": 100}),  # the largest that a warp takes
+        ({"s": 300, "t": 134400}, {"alpha": (0.5, 0.75)}),  # a thread block a tile
+    ],
+)
+def test_filter_under_a_budget(size, changes, ties):
+    """Equal to float64's lists, whether the budget binds or not, in ties at the threshold too, and with less room than the forced blocks take."""
+    import torch
+
+    from tests.kernels import oracle
+
+    differs = set()
+    for share in (1.0, 0.8, 0.4, 0.1, 0.001):
+        c = Call(policy=residue(**{"alpha": (0.75,), **changes, "max_density": share}), scratch=1 << 40, **size)
+        mass = oracle.exact_masses(c.case, c.policy, ties)
+        want = oracle.select(c.case, c.policy, mass.double()).numpy()
+        _, last, block = oracle.grid_positions(c.case, c.policy)
+        kept = c.filter(mass.masked_fill(block > last, torch.nan).numpy())
+        np.testing.assert_array_equal(kept, want, err_msg=f"max_density {share}")
+        if share == 1:
+            unlimited = kept
+        differs |= set((kept != unlimited).any(-1).ravel().tolist())
+    assert differs == {True, False}, "the budget must bind somewhere, and not everywhere"
 
 
 def test_filter_without_evidence_keeps_all():

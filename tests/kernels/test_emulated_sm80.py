@@ -34,6 +34,7 @@ def sm80() -> Iterator[None]:
         ({"s": 299, "t": 299, "bounds": ((37, 290),), "heads": 1}, tile(4, block_k=128)),
         ({"s": 260, "t": 300, "heads": 1, "dtype": "float16"}, tile(16, block_q=256, block_k=32)),
         ({"s": 150, "t": 200, "heads": 1}, tile(128, block_k=16)),
+        ({"s": 300, "t": 500, "heads": 1}, residue(16, alpha=(0.9,), max_density=0.5)),
     ],
 )
 def test_selection_and_output(call, policy):

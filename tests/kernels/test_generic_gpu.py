@@ -138,6 +138,8 @@ def test_random_cases_generic(name):
     for seed in range(64):
         case = _random_case(rng, seed, DIMS, [torch.float32, torch.float16, torch.bfloat16])
         policy = _random_policy(rng, case.heads, name, (16, 32, 64, 128, 256), (16, 32, 64, 128, 256))
+        if name in ("residue", "tile") and seed % 3 == 0:
+            policy = policy.replace(max_density=(0.05, 0.3, 0.6)[seed // 3 % 3])
         found, count, _ = _check(case, policy, scratch=rng.choice([0, 1]))
         differing, tiles = differing + found, tiles + count
     assert differing <= 0.01 * tiles, f"{differing} of {tiles} lists differ from float64's, beyond what rounding explains"

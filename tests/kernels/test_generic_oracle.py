@@ -11,6 +11,7 @@ from graph_passes.reference import attend, select
 POLICIES = [
     Policy(policy="residue", stride=8, min_length=0, sink=16, dense_rows=8, block_q=32, block_k=16, alpha=(0.5, 1.0, 0.9, 0.3)),
     Policy(policy="tile", sample_rows=8, min_length=0, sink=0, dense_rows=0, block_q=64, block_k=32, window=40, value_weight=0),
+    Policy(policy="tile", sample_rows=8, min_length=0, dense_rows=8, sink=16, block_q=32, block_k=16, alpha=(0.9,), max_density=0.4),
     Policy(
         policy="column_slash",
         sample_rows=8,
@@ -25,7 +26,7 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.policy)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.policy}-{p.max_density:g}")
 @pytest.mark.parametrize(
     ("bounds", "holes"), [(None, 0.0), (((20, 180), (0, 70)), 0.0), (((30, 31), (0, 0)), 0.0), (((30, 150), (10, 200)), 0.4)]
 )

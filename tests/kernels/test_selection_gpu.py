@@ -128,6 +128,62 @@ def test_ties_go_to_the_lower_index():
         assert mask[tile].nonzero().flatten().tolist() == [*range(free), *range(2 * tile, blocks)]
 
 
+@pytest.mark.parametrize("path", ["sm90", "sm80", "generic"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_budget(ties, path):
+    """Masses whose sums are exact: float64's lists to the block, with every team size, whether the budget binds or not."""
+    from sa_export.kernels import Call
+    from tests.kernels import oracle
+    from tests.kernels.oracle import Case
+
+    torch = _torch()
+    if path == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not compute capability 9.0: the sm90 kernels were not run")
+    for case, changes in (
+        (Case(1500, 1900, batch=2, bounds=((70, 1900), (0, 1700))), {"sink": 130, "dense_rows": 100}),
+        (Case(4000, 4000), {"alpha": (0.25, 1.0, 0.5, 0.75), "window": 200}),
+        (Case(500, 600, bounds=((300, 600),)), {"sink": 200}),  # sink and own blocks overlap
+        (Case(300, 30000), {}),
+        (Case(300, 60000), {}),
+        (Case(300, 32000), {"block_k": 32, "sink": 100}),
+        (Case(300, 131072), {}),
+        (Case(300, 134400), {"alpha": (0.5, 0.75, 0.25, 0.75)}),
+    ):
+        tensors, differs = case.tensors(), set()
+        for share in (1.0, 0.8, 0.4, 0.1, 0.001):
+            policy = _policy("residue", 16, **{"alpha": (0.75,), **changes, "max_density": share})
+            mass = oracle.exact_masses(case, policy, ties)
+            _, last, block = oracle.grid_positions(case, policy)
+            call = Call(*tensors, policy, bounds=case.bounds_tensor(), path=path)
+            lists = call.filter(mass.masked_fill(block > last, torch.nan))
+            kept = _mask_of(lists, mass.shape[3])
+            assert torch.equal(kept, oracle.select(case, policy, mass.double())), f"{case} {policy}"
+            if share == 1:
+                unlimited = kept
+            differs |= set((kept != unlimited).any(-1).flatten().tolist())
+        assert differs == {True, False}, f"{case}: the budget must bind somewhere, and not everywhere"
+
+
+@pytest.mark.parametrize(("name", "step"), [("residue", 16), ("tile", 32)])
+def test_operator_under_a_budget(name, step):
+    """Sampled masses: no tile exceeds the budget, what is kept is float64's choice but for rounding, and the output is that of these lists."""
+    from sa_export.kernels import filter_blocks, run
+    from tests.kernels import oracle
+    from tests.kernels.oracle import Case, assert_as_good_as_plain, attention
+
+    torch = _torch()
+    for case in (Case(1500, 2100, spread=3.0), Case(1100, 1100, batch=2, bounds=((100, 1100), (0, 777)), spread=3.0)):
+        policy = _policy(name, step, alpha=(0.95,), max_density=0.25)
+        q, k, v = case.tensors()
+        options = {"bounds": case.bounds_tensor()}
+        lists = filter_blocks(q, k, v, policy, **options)
+        kept = _mask_of(lists, lists.indices.shape[-1])
+        oracle.assert_selection(case, policy, kept, oracle.sampled_mass(case, q, k, v, policy), most=0.5, rounding=6e-4)
+        assert kept.sum() < 0.7 * _mask_of(filter_blocks(q, k, v, policy.replace(max_density=1.0), **options), kept.shape[-1]).sum()
+        exact, _, plain = attention(case, q, k, v, kept)
+        assert_as_good_as_plain(run(q, k, v, policy, output=torch.full_like(q, torch.nan), **options), exact, plain, case)
+
+
 def test_no_evidence_is_all_blocks():
     from sa_export.kernels import Call
     from tests.kernels.oracle import Case

@@ -27,11 +27,11 @@ def padding(kind: str, t: int) -> np.ndarray | None:
     return mask if kind == "left" else mask[:, ::-1].copy()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("policy", "max_density"), [*((p, 1.0) for p in POLICIES), ("residue", 0.3), ("tile", 0.3)])
 @pytest.mark.parametrize(
     ("s", "t", "pad", "softcap"), [(300, 300, "none", 0.0), (257, 401, "left", 0.0), (330, 330, "right", 5.0), (10, 200, "left", 0.0)]
 )
-def test_same_as_the_reference(policy: str, s: int, t: int, pad: str, softcap: float) -> None:
+def test_same_as_the_reference(policy: str, max_density: float, s: int, t: int, pad: str, softcap: float) -> None:
     from sa_export.torch_attention import block_mask, sample_attention
 
     q, k, v = inputs(s, t)
@@ -40,6 +40,7 @@ def test_same_as_the_reference(policy: str, s: int, t: int, pad: str, softcap: f
         policy=policy,
         alpha=(0.2, 0.4, 0.6, 1.0),
         alpha_slash=0.1,
+        max_density=max_density,
         min_length=0,
         segment=128,
         dense_rows=20,
@@ -56,6 +57,8 @@ def test_same_as_the_reference(policy: str, s: int, t: int, pad: str, softcap: f
     np.testing.assert_allclose(density.numpy(), reference.density(selection.block_mask, s, t, mask, 64, 32), rtol=0, atol=1e-6)
     if policy != "dense" and s > 16:
         assert density.mean() < 0.98
+        more = block_mask(*args, p.replace(max_density=1.0), scale=0.2, softcap=softcap).numpy()
+        assert (more != selection.block_mask).any() == (max_density < 1), "a budget is to be seen"
 
 
 def test_a_model_under_a_dense_policy_is_the_model() -> None:

@@ -26,6 +26,7 @@ OUTSIDE = {
     "policy": ["", "dens", "tile ", "residue\0tile", "x" * 5000, "téléscope"],
     "alpha": [0.0, 1.5, math.nan, [0.5, 0.0], [0.5, math.nan]],
     "alpha_slash": [0.0, -0.5, math.inf, [1.0, 1.0001]],
+    "max_density": [0.0, -0.5, 1.5, math.nan],
     "stride": [0, -8, 3, 128],
     "sample_rows": [0, -1, 48],
     "value_weight": [-1, 2],
@@ -89,7 +90,10 @@ def test_a_value_out_of_range_is_refused_with_the_contracts_sentence(door, attri
 def test_limits_between_attributes_bind_their_policy_alone(door):
     slash = {**DEFAULTS, "policy": "column_slash", "sample_rows": 65, "segment": 64}
     assert "sample_rows is 65 with segment 64" in _refused(door, node_fields(slash))
-    for values in ({**slash, "policy": "dense"}, {**DEFAULTS, "policy": "tile", "stride": 3}):
+    for policy in ("column_slash", "stripe_window"):
+        sentence = _refused(door, node_fields({**DEFAULTS, "policy": policy, "max_density": 0.5}))
+        assert f"max_density is 0.5 with policy {policy}; allowed is a number in (0, 1] (column_slash, stripe_window: 1)." in sentence
+    for values in ({**slash, "policy": "dense", "max_density": 0.5}, {**DEFAULTS, "policy": "tile", "stride": 3}):
         layer, sentence = door.create(node_fields(values))
         assert layer is not None, sentence
         layer.close()
@@ -183,7 +187,7 @@ def test_an_engine_of_another_library_version_is_refused(door):
 
 def test_the_timing_cache_id_tells_every_attribute_apart(door):
     changes = {
-        "scale": 0.25, "softcap": 50.0, "policy": "tile", "alpha": 0.9, "alpha_slash": 0.5, "stride": 8, "sample_rows": 32, "value_weight": 0,
+        "scale": 0.25, "softcap": 50.0, "policy": "tile", "alpha": 0.9, "alpha_slash": 0.5, "max_density": 0.5, "stride": 8, "sample_rows": 32, "value_weight": 0,
         "segment": 1024, "sample_ratio": 0.1, "window_ratio": 0.5, "block_q": 64, "block_k": 128, "window": 1, "sink": 0, "dense_rows": 0,
         "min_length": 0,
     }  # fmt: skip

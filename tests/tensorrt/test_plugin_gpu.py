@@ -23,6 +23,7 @@ POLICIES = {
     "dense": Policy(policy="dense"),
     "tile": TILE,
     "residue": TILE.replace(policy="residue", stride=16),
+    "budget": TILE.replace(policy="residue", stride=16, alpha=(0.95,), max_density=0.3),
     "column_slash": TILE.replace(policy="column_slash", segment=512),
     "stripe_window": TILE.replace(policy="stripe_window", window_ratio=0.05),
     "alpha a head": TILE.replace(alpha=(0.3, 0.9, 1.0, 0.6)),

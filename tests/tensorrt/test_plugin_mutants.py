@@ -52,6 +52,7 @@ MUTANTS = {
     "thresholds a head are not passed": ("plugin.cpp", "call.host_alpha = parameters_.alpha.data();", "{}"),
     "alpha and alpha_slash are mixed up": ("plugin.cpp", "call.host_alpha_slash = parameters_.alpha_slash.data();", "call.host_alpha_slash = parameters_.alpha.data();"),
     "the soft-cap is lost": ("call.cpp", "  problem->softcap = p.softcap;\n", ""),
+    "the budget is lost": ("call.cpp", "problem->max_density = p.max_density;", "problem->max_density = 1;"),
     "an attribute goes to another": ("call.cpp", "problem->sink = p.sink;", "problem->sink = p.window;"),
     "the certificate overwrites the output": ("plugin.cpp", "outputs[kCertificate]);\n  if (parameters_.alpha.size", "outputs[kOutput]);\n  if (parameters_.alpha.size"),
     "a line is logged for every shape": ("plugin.cpp", "if (!path_told_) {", "if (true) {"),

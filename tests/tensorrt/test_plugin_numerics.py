@@ -30,6 +30,8 @@ CASES = {
     "tile left padding": (SMALL.replace(value_weight=0), 2, 2, 2, 140, 140, 16, 16, "left"),
     "residue": (SMALL.replace(policy="residue"), 1, 4, 4, 161, 161, 8, 8, None),
     "residue right padding": (SMALL.replace(policy="residue", sink=0), 2, 4, 2, 83, 170, 8, 12, "right"),
+    "tile budget": (SMALL.replace(alpha=(0.95,), max_density=0.3), 1, 4, 2, 150, 210, 8, 8, "left"),
+    "residue budget": (SMALL.replace(policy="residue", alpha=(0.95,), max_density=0.3), 1, 4, 2, 150, 190, 8, 8, None),
     "column_slash": (SMALL.replace(policy="column_slash", alpha_slash=(0.5,)), 1, 4, 2, 120, 175, 8, 8, None),
     "column_slash per head": (
         SMALL.replace(policy="column_slash", alpha=(0.3, 0.9, 0.6, 1.0), alpha_slash=(0.2, 0.4, 0.9, 0.5)), 2, 4, 2, 160, 160, 8, 8, "left",

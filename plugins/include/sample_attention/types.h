@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define SA_ABI_VERSION 2
+#define SA_ABI_VERSION 3
 
 enum { SA_FLOAT16 = 0, SA_BFLOAT16 = 1, SA_FLOAT32 = 2 };
 enum { SA_DENSE = 0, SA_RESIDUE = 1, SA_TILE = 2, SA_COLUMN_SLASH = 3, SA_STRIPE_WINDOW = 4 };
@@ -38,6 +38,7 @@ typedef struct sa_problem {
   int32_t policy;          /* SA_DENSE .. SA_STRIPE_WINDOW */
   float alpha;             /* (0, 1]: of every head; with values a head, the smallest of them */
   float alpha_slash;       /* column_slash, likewise */
+  float max_density;       /* (0, 1]: of the key blocks that a tile may see, at most this share is kept; 1: no budget. column_slash, stripe_window: 1 */
   int32_t stride;          /* residue */
   int32_t sample_rows;     /* tile, column_slash */
   int32_t value_weight;    /* residue, tile: 1 weighs each sampled probability with the L2 norm of its value row, 0 does not */

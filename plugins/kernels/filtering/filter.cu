@@ -1,7 +1,9 @@
-// Smallest set of free key blocks that reaches alpha of the free blocks' sampled mass, joined with the forced ones. One warp or thread block a query tile.
+// Smallest set of free key blocks that reaches alpha of the free blocks' sampled mass or fills the budget, joined with the forced ones. One warp or thread
+// block a query tile.
 //
 // The threshold is found by bisection on the bit pattern of the mass (non-negative floats order like integers). The sum of the masses at or above a candidate
-// is always formed in the same order, so it falls monotonically with the candidate in floating point too, and the result is deterministic.
+// is always formed in the same order, so it falls monotonically with the candidate in floating point too, and the result is deterministic. With a budget their
+// number decides as well: both cut the same order of blocks, and the higher threshold is the shorter set.
 #include "../common/launch.cuh"
 #include "../common/ptx.cuh"
 #include "filter_params.h"
@@ -87,9 +89,12 @@ struct Team {
 struct Forced {
   int own_first, own_last, sink_first, sink_last;  // inclusive ranges of blocks; empty when last < first
   __device__ bool has(int block) const { return (block >= own_first && block <= own_last) || (block >= sink_first && block <= sink_last); }
+  // Of the blocks up to own_last.
+  __device__ int count() const { return own_last - own_first + 1 + max(min(sink_last, own_first - 1) - sink_first + 1, 0); }
 };
 
-template <int kTeam, int kTeams, int kHeld>
+// kBudget: max_density is below 1. A kernel of its own, because counting takes registers: without a budget nothing is paid.
+template <int kTeam, int kTeams, int kHeld, bool kBudget>
 __global__ void __launch_bounds__(kTeam *kTeams, 1) filter_kernel(const FilterParams p) {
   static_assert(kTeam == 32 || kTeams == 1, "teams of several warps use the barrier of the thread block");
   __shared__ float scratch[Team<kTeam>::kWarps];
@@ -118,7 +123,10 @@ __global__ void __launch_bounds__(kTeam *kTeams, 1) filter_kernel(const FilterPa
   forced.sink_last = p.sink > 0 ? (first_real + p.sink - 1) / p.block_k : -1;
 
   bool all = alpha >= 1.f || (last_position >= end_real - p.dense_rows && first_position < end_real && p.dense_rows > 0);
-  float threshold = 0.f, need = 0.f, above = 0.f;
+  // Free blocks that the budget leaves.
+  const int room = kBudget ? max(static_cast<int>(ceilf(p.max_density * static_cast<float>(blocks))) - forced.count(), 0) : blocks;
+  bool contest = false;
+  float threshold = 0.f, need = 0.f, above = 0.f, above_count = 0.f;
   Masses<kTeam, kHeld> masses;
   masses.shared = reinterpret_cast<float *>(dynamic_shared());
   masses.member = member;
@@ -137,14 +145,26 @@ __global__ void __launch_bounds__(kTeam *kTeams, 1) filter_kernel(const FilterPa
     free = Team<kTeam>::sum(free, scratch);
     need = alpha * free;
     all = !(total > 0.f) || isinf(total);
-    if (!all && need > 0.f) {
-      // Largest pattern whose masses at or above it reach what is needed. If rounding leaves even their full sum short, every block with mass is kept.
+    contest = !all && need > 0.f && room > 0;
+    if (contest) {
+      auto enough = [&](float candidate) {
+        float sum = 0.f;
+        masses.each([&](int, float m) { sum += m >= candidate ? m : 0.f; });
+        bool reached = Team<kTeam>::sum(sum, scratch) >= need;
+        if constexpr (kBudget) {
+          if (!reached) {
+            float count = 0.f;
+            masses.each([&](int, float m) { count += m >= candidate ? 1.f : 0.f; });
+            reached = Team<kTeam>::sum(count, scratch) >= static_cast<float>(room);
+          }
+        }
+        return reached;
+      };
+      // Largest pattern whose masses at or above it are enough. If neither all of their sum (by rounding) nor their number is, every block with mass is kept.
       uint32_t low = 1, high = 0x7f800000u;
       while (high - low > 1) {
         uint32_t middle = low + (high - low) / 2;
-        float candidate = __uint_as_float(middle), sum = 0.f;
-        masses.each([&](int, float m) { sum += m >= candidate ? m : 0.f; });
-        if (Team<kTeam>::sum(sum, scratch) >= need)
+        if (enough(__uint_as_float(middle)))
           low = middle;
         else
           high = middle;
@@ -152,11 +172,15 @@ __global__ void __launch_bounds__(kTeam *kTeams, 1) filter_kernel(const FilterPa
       threshold = __uint_as_float(low);
       masses.each([&](int, float m) { above += m > threshold ? m : 0.f; });
       above = Team<kTeam>::sum(above, scratch);
+      if constexpr (kBudget) {
+        masses.each([&](int, float m) { above_count += m > threshold ? 1.f : 0.f; });
+        above_count = Team<kTeam>::sum(above_count, scratch);
+      }
     }
   }
-  // Blocks that tie at the threshold are taken from the lower index up, until the need is met.
-  const bool contest = !all && need > 0.f;
-  const int ties = contest ? max(1, static_cast<int>(fminf(ceilf((need - above) / threshold), 2e9f))) : 0;
+  // Blocks that tie at the threshold are taken from the lower index up, until the need is met or the room is filled.
+  int ties = contest ? max(1, static_cast<int>(fminf(ceilf((need - above) / threshold), 2e9f))) : 0;
+  if constexpr (kBudget) ties = min(ties, room - static_cast<int>(above_count));
   int written = 0, tied = 0;
   auto emit = [&](int k, float m) {
     int in_round;
@@ -220,21 +244,26 @@ __global__ void __launch_bounds__(kBins) order_kernel(const OrderParams p) {
 
 namespace {
 
-template <int kTeam, int kTeams, int kHeld>
+template <int kTeam, int kTeams, int kHeld, bool kBudget>
 cudaError_t launch_teams(const FilterParams &params, cudaStream_t stream, bool early) {
   dim3 grid((params.tiles + kTeams - 1) / kTeams, params.heads, params.batch);
   const int bytes = kHeld > 0 ? 0 : params.blocks * static_cast<int>(sizeof(float));
-  return launch(filter_kernel<kTeam, kTeams, kHeld>, grid, kTeam * kTeams, bytes, stream, params, early);
+  return launch(filter_kernel<kTeam, kTeams, kHeld, kBudget>, grid, kTeam * kTeams, bytes, stream, params, early);
+}
+
+template <bool kBudget>
+cudaError_t launch_sized(const FilterParams &params, cudaStream_t stream, bool early) {
+  if (params.blocks <= 256) return launch_teams<32, 4, 8, kBudget>(params, stream, early);
+  if (params.blocks <= 512) return launch_teams<32, 4, 16, kBudget>(params, stream, early);
+  if (params.blocks <= 1024) return launch_teams<32, 4, 32, kBudget>(params, stream, early);
+  if (params.blocks <= kWarpTeamBlocks) return launch_teams<32, 4, 64, kBudget>(params, stream, early);
+  return launch_teams<256, 1, 0, kBudget>(params, stream, early);
 }
 
 }  // namespace
 
 cudaError_t launch_filter(const FilterParams &params, cudaStream_t stream, bool early) {
-  if (params.blocks <= 256) return launch_teams<32, 4, 8>(params, stream, early);
-  if (params.blocks <= 512) return launch_teams<32, 4, 16>(params, stream, early);
-  if (params.blocks <= 1024) return launch_teams<32, 4, 32>(params, stream, early);
-  if (params.blocks <= kWarpTeamBlocks) return launch_teams<32, 4, 64>(params, stream, early);
-  return launch_teams<256, 1, 0>(params, stream, early);
+  return params.max_density < 1.f ? launch_sized<true>(params, stream, early) : launch_sized<false>(params, stream, early);
 }
 
 cudaError_t launch_order(const OrderParams &params, cudaStream_t stream, bool early) {

@@ -14,6 +14,7 @@ struct FilterParams {
   int32_t *counts;        // [B, Hq, tiles]
   int32_t *indices;       // [B, Hq, tiles, blocks]
   float alpha_all;
+  float max_density;  // 1: no budget
   int32_t batch, heads, queries, keys;
   int32_t first_tile, tiles, blocks;
   int32_t block_q, block_k, window, sink, dense_rows;

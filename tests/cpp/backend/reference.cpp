@@ -70,15 +70,15 @@ Row normalised(Row x) {
   return x;
 }
 
-// The smallest set that reaches alpha, largest mass first, ties to the lower index.
-std::vector<bool> smallest_set(const Row &mass, double alpha) {
+// The smallest set that reaches alpha, largest mass first, ties to the lower index; it ends after `room` blocks at the latest.
+std::vector<bool> smallest_set(const Row &mass, double alpha, int64_t room = INT64_MAX) {
   std::vector<size_t> order(mass.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return mass[a] > mass[b]; });
   std::vector<bool> kept(mass.size());
   double before = 0;
   for (size_t index : order) {
-    kept[index] = before < alpha;
+    kept[index] = before < alpha && room-- > 0;
     before += mass[index];
   }
   return kept;
@@ -142,13 +142,18 @@ struct Head {
     for (int64_t tile = 0; tile < g.tiles; ++tile) {
       std::vector<bool> forced(g.blocks);
       Row free = tile_mass[tile];
+      int64_t begun = 0, forced_begun = 0;  // blocks that begin at or before the tile's last row
       for (int64_t block = 0; block < g.blocks; ++block) {
         const bool near = g.block_last(block) >= g.first(tile) - window && g.block_first(block) <= g.last(tile);
         const bool sink = p.sink > 0 && g.block_last(block) >= first_real && g.block_first(block) < first_real + p.sink;
         forced[block] = near || sink;
         if (forced[block]) free[block] = 0;
+        if (g.block_first(block) > g.last(tile)) continue;
+        begun += 1;
+        forced_begun += forced[block] ? 1 : 0;
       }
-      const std::vector<bool> tile_set = smallest_set(normalised(free), alpha);
+      const int64_t budget = p.max_density < 1 ? static_cast<int64_t>(std::ceil(p.max_density * static_cast<float>(begun))) : begun;
+      const std::vector<bool> tile_set = smallest_set(normalised(free), alpha, budget - forced_begun);
       const bool evidence = sum(per_tile ? tile_mass[tile] : columns) > 0;
       const bool dense = p.dense_rows > 0 && g.last(tile) >= end_real - p.dense_rows && g.first(tile) < end_real;
       for (int64_t block = 0; block < g.blocks; ++block) {
