@@ -17,7 +17,7 @@ constexpr int kMostBlocks = 24 * 1024;               // floats of the selection 
 constexpr int kPieceBlocks = 264;                    // thread blocks of the one-pass `tile` kernel: two an SM of the largest chips
 constexpr int64_t kPieceBytes = int64_t(256) << 20;  // of all their pieces; when fewer than half of them fit, `tile` takes two passes
 
-bool head_dim_built(int head_dim) {
+bool head_dim_built([[maybe_unused]] int head_dim) {
 #define SA_CASE(D) \
   if (head_dim == D) return true;
   SA_FOR_EACH_SM80_HEAD_DIM(SA_CASE)
@@ -27,7 +27,7 @@ bool head_dim_built(int head_dim) {
 
 // Calls f(LaunchersSm80<dtype, head_dim>{}) for the problem's instance; takes() has checked that it is built.
 template <class F>
-auto dispatch(const sa_problem &p, F f) {
+auto dispatch([[maybe_unused]] const sa_problem &p, F f) {
 #define SA_CASE(D) \
   if (p.head_dim == D) return p.dtype == SA_BFLOAT16 ? f(LaunchersSm80<SA_BFLOAT16, D>{}) : f(LaunchersSm80<SA_FLOAT16, D>{});
   SA_FOR_EACH_SM80_HEAD_DIM(SA_CASE)

@@ -138,9 +138,10 @@ Status begin(const Call &call, int chunk, void *base) {
   return status;
 }
 
-// Scores the tiles [first_tile, first_tile + tiles), as many heads at a time as the table holds, and calls next(SampleParams) on the table of each.
+// Scores the tiles [first_tile, first_tile + tiles), as many heads at a time as the table holds, and calls next(SampleParams) on the table of each. Tiles that
+// meet the last dense_rows are left out.
 template <class F>
-Status score(const Call &call, int first_tile, int tiles, const Plan &plan, const SelectSpace &space, const float *weight, F next) {
+Status score(const Call &call, int first_tile, int tiles, const Plan &plan, const SelectSpace &space, const float *weight, int dense_rows, F next) {
   const sa_prefill_params &params = call.params;
   const sa_problem &p = params.problem;
   SampleParams s{};
@@ -167,6 +168,7 @@ Status score(const Call &call, int first_tile, int tiles, const Plan &plan, cons
   s.first_tile = first_tile;
   s.tiles = tiles;
   s.blocks = plan.blocks;
+  s.dense_rows = std::min(dense_rows, p.keys);
   s.classes = plan.classes;
   s.row_log2 = plan.row_log2;
   s.key_log2 = plan.key_log2;
@@ -196,7 +198,7 @@ Status sample(const Call &call, int first_tile, int tiles, int chunk, float *mas
   const sa_problem &p = call.params.problem;
   const Plan plan(p);
   const SelectSpace space(p, plan, chunk, base);
-  return score(call, first_tile, tiles, plan, space, space.weight, [&](SampleParams &s) {
+  return score(call, first_tile, tiles, plan, space, space.weight, p.dense_rows, [&](SampleParams &s) {
     s.mass = mass;
     return from_cuda(launch_reduce(s, call.stream), "Launching the reduction kernel");
   });
@@ -208,7 +210,7 @@ Status retain(const Call &call, const sa_block_lists &lists, int chunk, Retained
   const sa_problem &p = call.params.problem;
   const Plan plan(p);
   const SelectSpace space(p, plan, chunk, base);
-  return score(call, lists.first_tile, lists.tiles, plan, space, space.ones, [&](const SampleParams &s) {
+  return score(call, lists.first_tile, lists.tiles, plan, space, space.ones, 0, [&](const SampleParams &s) {
     RetainParams r{};
     static_cast<SampleParams &>(r) = s;
     r.counts = lists.counts;

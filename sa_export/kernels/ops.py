@@ -280,7 +280,10 @@ class Call:
         return self._run("sa_attend", None if lists is None else ctypes.byref(lists.struct()))
 
     def sample(self, first_tile: int = 0, tiles: int | None = None, mass: torch.Tensor | None = None) -> torch.Tensor:
-        """Weighted block masses, float32 [B, Hq, tiles, nK]; column_slash and stripe_window: [B, Hq, 2 or 1, nK] of the whole call."""
+        """Weighted block masses, float32 [B, Hq, tiles, nK]; column_slash and stripe_window: [B, Hq, 2 or 1, nK] of the whole call.
+
+        What no selection depends on may stay as it is (0 unless mass is given): heads and tiles that keep all blocks, blocks behind a tile.
+        """
         import torch
 
         if tiles is None:

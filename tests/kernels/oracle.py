@@ -194,7 +194,7 @@ def forced(case: Case, policy: Policy, batch: int) -> torch.Tensor:
     return near | ((block + policy.block_k > sink) & (block < sink + policy.sink) & (policy.sink > 0))
 
 
-def _dense_tiles(case: Case, policy: Policy, batch: int) -> torch.Tensor:
+def dense_tiles(case: Case, policy: Policy, batch: int) -> torch.Tensor:
     """Step 5, bool [nQ, 1]."""
     first, last, _ = grid_positions(case, policy)
     end = case.span(batch)[1]
@@ -260,7 +260,7 @@ def select(case: Case, policy: Policy, mass: torch.Tensor, slack: float = 0.0) -
             else:
                 free = mass[b, h].masked_fill(keep_always, 0.0)
                 chosen, full = _smallest(free, alpha * free.sum(-1, keepdim=True), room(case, policy, b)), alpha >= 1
-            everything = _dense_tiles(case, policy, b) | ~evidence | full
+            everything = dense_tiles(case, policy, b) | ~evidence | full
             kept[b, h] = (chosen | keep_always | everything) & (block <= last)
     return kept
 
@@ -287,6 +287,13 @@ def certificate(case: Case, q: torch.Tensor, k: torch.Tensor, policy: Policy, ke
                 retained = (probability * grid).sum(-1)[rows]
                 out[b, h] = torch.stack([retained.min(), retained.mean()])
     return out
+
+
+def mass_rounding(policy: Policy) -> float:
+    """Bound on the relative error of the sm90 masses. An entry of their table is rounded to binary16 (2^-11), that of four slice keys a block once before and once
+    after its two halves are added; the rest is float32 scores, whose size moves a term by |score| 2^-23 of itself."""
+    twice = policy.policy == "residue" and policy.block_k == 4 * policy.stride
+    return 1.1e-3 if twice else 6e-4
 
 
 def assert_selection(case: Case, policy: Policy, kept: torch.Tensor, mass: torch.Tensor, most: float = 0.05, rounding: float = 5e-6) -> int:

@@ -41,7 +41,8 @@ int32_t mass_rows(const sa_problem &problem, int32_t tiles);
 Status run(const sa_prefill_params &params, void *workspace, int64_t workspace_size, cudaStream_t stream);
 
 // Stage 1: mass [B, Hq, mass_rows, nK] float, the sampled probability inside each key block (slash: distance class), weighted by value norms when value_weight
-// is 1. Only blocks that begin at or before the last row of a tile are written. Heads that are full attention are skipped. For column_slash and stripe_window
+// is 1. Only blocks that begin at or before the last row of a tile are written. Heads that are full attention are skipped, and tiles that keep all blocks for
+// meeting the last dense_rows may be. For column_slash and stripe_window
 // the masses are those of the whole call: first_tile is 0, tiles is nQ.
 Status sample(const sa_prefill_params &params, int32_t first_tile, int32_t tiles, float *mass, void *workspace, int64_t workspace_size, cudaStream_t stream);
 

@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(32 * kWarps) reduce_kernel(const __grid_consta
   const int lane = threadIdx.x % 32;
   const TileRows rows(p, blockIdx.z, blockIdx.x);
   if (full_head(p, rows.head) || int(blockIdx.y) * kWarps * kStrip * kSlots >= rows.begun) return;
+  if (dense_tile(p, RealKeys(p, rows.batch), p.first_tile + rows.tile)) return;
   const int count = p.classes << p.tile_rows_log2, row_mask = (1 << p.tile_rows_log2) - 1;
   for (int i = threadIdx.x; i < count; i += 32 * kWarps) normaliser[i] = rows.normaliser(p, i >> p.tile_rows_log2, rows.row + (i & row_mask));
   __syncthreads();

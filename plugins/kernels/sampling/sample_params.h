@@ -45,6 +45,7 @@ struct SampleParams {
   int32_t blocks;                   // nK
   int32_t classes;                  // slices: stride for residue, 1 for tile
   int32_t row_log2, key_log2;       // log2 of row_stride and key_stride
+  int32_t dense_rows;               // query tiles that meet the last ones of the real keys keep all blocks: they are left out
   int32_t tile_rows_log2;           // log2 of the slice rows of one query tile: block_q / row_stride
   int32_t block_keys_log2;          // log2 of the slice keys of one key block: block_k / key_stride
   int32_t full_groups;              // groups of 256 slice rows made of the rows below full_rows
@@ -67,7 +68,7 @@ struct WeightParams {
 };
 
 // The table's entries under the rows' normalisers, summed over the rows of each query tile, for every block that begins at or before the last row of the tile.
-// Nothing is written for heads that are full attention.
+// Nothing is written for heads that are full attention and for tiles that meet the last dense_rows.
 cudaError_t launch_reduce(const SampleParams &params, cudaStream_t stream);
 
 struct RetainParams : SampleParams {

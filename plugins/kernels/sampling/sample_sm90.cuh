@@ -316,6 +316,12 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
       const int position_end = slice.shift + ((slice.row0 + row_end) << p.row_log2);
       own_tiles = p.block_keys_log2 < 8 ? ((position_end - 1) >> p.key_log2) / kBlockN + 1 - segment.key_tile : key_tiles;
     }
+    // The rows of this warp lie in query tiles that keep all blocks.
+    const bool idle = [&] {
+      const RealKeys real(p, (p.first_head + segment.local_head) / p.heads);
+      const int row = slice_of().row0 + row_in_group / 16 * 16;
+      return dense_tile(p, real, row >> p.tile_rows_log2) && dense_tile(p, real, (row + 15) >> p.tile_rows_log2);
+    }();
     float peak[2], sum[2];  // of a row: the score that is 2^kTop (equal in its four lanes), and this lane's share of the sum of its exponentials
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -406,7 +412,7 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
       __syncwarp();
       if (lane < Traits::kArrivals) ptx::barrier_arrive(&shared.key_empty[stage]);
       key_ring.advance();
-      if (n < own_tiles) score(n);
+      if (n < own_tiles && !idle) score(n);
       weight_ring.advance();
       reference += kSampleRows * p.classes;
       table += (kSampleRows * p.classes) << slots_log2;

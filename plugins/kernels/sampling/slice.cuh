@@ -18,6 +18,14 @@ struct RealKeys {
   }
 };
 
+// Whether a query tile of the call keeps all blocks, because it meets the last dense_rows real positions (docs/op.md, "Selection", 5): nobody asks for its
+// masses.
+__device__ __forceinline__ bool dense_tile(const SampleParams &p, const RealKeys &real, int tile) {
+  const int rows_log2 = p.tile_rows_log2 + p.row_log2, shift = p.keys - p.queries;
+  const int first = shift + (tile << rows_log2), last = shift + min((tile + 1) << rows_log2, p.queries) - 1;
+  return p.dense_rows > 0 && last >= real.last - p.dense_rows && first < real.last;
+}
+
 // The key tiles that a group of rows is scored against: the same for every slice, the union of what they need.
 struct KeyTiles {
   int first, count;
