@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(32 * kWarps) reduce_kernel(const __grid_consta
   ptx::wait_for_primary();
   if (threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) *p.ticket = 0;
   const int lane = threadIdx.x % 32;
-  const TileRows rows(p, blockIdx.z, blockIdx.x);
+  const TileRows rows(p, gridDim.z - 1 - blockIdx.z, blockIdx.x);  // the last heads first: their part of the table is still in L2
   if (full_head(p, rows.head) || int(blockIdx.y) * kWarps * kStrip * kSlots >= rows.begun) return;
   if (dense_tile(p, RealKeys(p, rows.batch), p.first_tile + rows.tile)) return;
   const int count = p.classes << p.tile_rows_log2, row_mask = (1 << p.tile_rows_log2) - 1;

@@ -301,10 +301,8 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
     const int key_tiles = segment.key_tiles;
     if (key_tiles < 0) break;
     auto slice_of = [&] { return Slice(p, RealKeys(p, (p.first_head + segment.local_head) / p.heads), segment.group, segment.slice); };
-    const int64_t first_row = table_row(p, segment.local_head, segment.slice, segment.group, segment.key_tile, row_in_group);
+    int64_t row = table_row(p, segment.local_head, segment.slice, segment.group, segment.key_tile, row_in_group);  // of the table
     const int below = table_rows(p, 8);
-    float *reference = p.reference + first_row;
-    uint16_t *table = p.table + (first_row << slots_log2);
     int open_low, open_high;  // key tiles in between need no mask
     int own_tiles;            // those behind lie beyond the last query of these rows, in every slice: nobody reads what the table has there
     {
@@ -319,8 +317,8 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
     // The rows of this warp lie in query tiles that keep all blocks.
     const bool idle = [&] {
       const RealKeys real(p, (p.first_head + segment.local_head) / p.heads);
-      const int row = slice_of().row0 + row_in_group / 16 * 16;
-      return dense_tile(p, real, row >> p.tile_rows_log2) && dense_tile(p, real, (row + 15) >> p.tile_rows_log2);
+      const int first = slice_of().row0 + row_in_group / 16 * 16;
+      return dense_tile(p, real, first >> p.tile_rows_log2) && dense_tile(p, real, (first + 15) >> p.tile_rows_log2);
     }();
     float peak[2], sum[2];  // of a row: the score that is 2^kTop (equal in its four lanes), and this lane's share of the sum of its exponentials
     CUTE_UNROLL
@@ -375,7 +373,7 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) shift[r] = peak[r] == -INFINITY ? 0.f : fmaf(peak[r], logit.multiplier, -Ref::kTop);
       const float4 *weight = reinterpret_cast<const float4 *>(shared.weight[weight_ring.stage]) + lane % 4;
-      RowBlocks<Traits::kFold> blocks(table, table + (below << slots_log2), 7 - slots_log2, lane);
+      RowBlocks<Traits::kFold> blocks(p.table + (row << slots_log2), p.table + ((row + below) << slots_log2), 7 - slots_log2, lane);
       constexpr int kBatch = 2;  // pairs whose exponentials are under way together: other warps fill in
       CUTE_UNROLL
       for (int first = 0; first < kPairs; first += kBatch) {
@@ -396,8 +394,8 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
       blocks.store();
       if (lane % 4 == 0) {
         const float undo = shared.weight_undo[weight_ring.stage];
-        reference[0] = shift[0] + undo;
-        reference[below] = shift[1] + undo;
+        p.reference[row] = shift[0] + undo;
+        p.reference[row + below] = shift[1] + undo;
       }
     };
 
@@ -414,8 +412,7 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
       key_ring.advance();
       if (n < own_tiles && !idle) score(n);
       weight_ring.advance();
-      reference += kSampleRows * p.classes;
-      table += (kSampleRows * p.classes) << slots_log2;
+      row += kSampleRows * p.classes;
     }
 
     const Slice slice = slice_of();
@@ -426,10 +423,10 @@ __device__ __forceinline__ void consume(const SampleParams &p, typename Traits::
       float total = sum[r];
       total += __shfl_xor_sync(~0u, total, 1);
       total += __shfl_xor_sync(~0u, total, 2);
-      const int row = row_in_group + 8 * r;
-      const int position = slice.position(p, slice.row0 + row);
-      const bool sampled = slice.row0 + row < slice.row_limit && position >= real.first && position < real.last && total != 0.f;
-      if (lane % 4 == 0) lse[row] = sampled ? fmaf(peak[r], logit.multiplier, -Ref::kTop) + log2f(total) : INFINITY;
+      const int own = row_in_group + 8 * r;
+      const int position = slice.position(p, slice.row0 + own);
+      const bool sampled = slice.row0 + own < slice.row_limit && position >= real.first && position < real.last && total != 0.f;
+      if (lane % 4 == 0) lse[own] = sampled ? fmaf(peak[r], logit.multiplier, -Ref::kTop) + log2f(total) : INFINITY;
     }
     ptx::barrier_arrive(&shared.query_empty[query_stage]);
     query_ring.advance();
