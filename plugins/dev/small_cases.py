@@ -11,10 +11,10 @@ from sa_export.kernels import Call
 
 POLICIES = (
     Policy(policy="dense"),
-    Policy(policy="residue", stride=16, min_length=0),
-    Policy(policy="residue", stride=8, min_length=0),
-    Policy(policy="tile", sample_rows=64, min_length=0),
-    Policy(policy="tile", sample_rows=16, block_k=32, min_length=0),
+    Policy(policy="residue", stride=16, min_length=0, dense_rows=64, max_density=0.5),
+    Policy(policy="residue", stride=8, min_length=0, dense_rows=64),
+    Policy(policy="tile", sample_rows=64, min_length=0, dense_rows=64),
+    Policy(policy="tile", sample_rows=16, block_k=32, min_length=0, dense_rows=0),
 )
 
 
