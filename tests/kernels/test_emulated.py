@@ -172,6 +172,25 @@ def test_selection_and_output(call, policy):
     c.check_output(kept)
 
 
+@pytest.mark.parametrize("policy", [residue(sink=64), residue(8, sink=64), tile(16, sink=64)])
+def test_free_blocks_beside_a_sink(policy):
+    """Four keys hold all but a millionth of the mass of each other key: what is left is still ranked, to the rounding of the table."""
+    import torch
+
+    from tests.kernels import oracle
+
+    c = Call(500, 500, policy, heads=1)
+    c.q[..., 0], c.k[..., 0] = 4.0, 0.0
+    c.k[:, :, :4, 0] = 14.0 / (4.0 * c.case.multiplier)
+    mass, kept = c.stages()
+    exact = oracle.sampled_mass(c.case, c.q, c.k, c.v, policy)
+    _, last, block = oracle.grid_positions(c.case, policy)
+    free = ((block <= last) & ~oracle.forced(c.case, policy, 0)).numpy()
+    assert free.any()
+    np.testing.assert_allclose(mass[0, 0][free], exact[0, 0].numpy()[free], rtol=4e-3)
+    oracle.assert_selection(c.case, policy, torch.from_numpy(kept), exact, rounding=4e-3)
+
+
 def test_many_row_groups_and_chunks():
     """More than 256 slice rows, cut last tile, and a scratch that forces several chunks."""
     policy = tile(16)
