@@ -72,7 +72,7 @@ def slices(sg: SymbolicGraph, node: gs.Node) -> dict[int, tuple[Poly, Poly, int]
     axes = sg.constant_integers(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3].name else None
     steps = sg.constant_integers(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4].name else None
     if starts is None or ends is None:
-        raise Stuck(node, "its bounds cannot be followed")
+        raise Stuck(node, "the bounds of its Slice are not known")
     out: dict[int, tuple[Poly, Poly, int]] = {}
     for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
         axis = axes[k] if axes else k

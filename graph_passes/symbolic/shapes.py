@@ -222,6 +222,50 @@ def _reduce(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     return [tuple(const(1) if i in axes else n for i, n in enumerate(a) if keep or i not in axes)]
 
 
+def _conv(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
+    """[N, M, lengths]; a length is exact for a stride of 1 and pads that are written out."""
+    a, weight = (sg.known_shape(t, node) for t in node.inputs[:2])
+    count = len(a) - 2
+    pads = [int(x) for x in node.attrs.get("pads") or [0] * 2 * count]
+    strides, dilations = ([int(x) for x in node.attrs.get(name) or [1] * count] for name in ("strides", "dilations"))
+    auto = node.attrs.get("auto_pad", "NOTSET")
+    written = (auto.decode() if isinstance(auto, bytes) else str(auto)) == "NOTSET"
+    lengths = [
+        n + pads[i] + pads[i + count] - (weight[i + 2] - 1) * dilations[i]
+        if written and strides[i] == 1
+        else sg.open_length(node.outputs[0], i + 2)
+        for i, n in enumerate(a[2:])
+    ]
+    return [(a[0], weight[0], *lengths)]
+
+
+def _pad(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
+    a = sg.known_shape(node.inputs[0], node)
+    pads = sg.integers(node.inputs[1])
+    given = sg.constant_integers(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3].name else tuple(range(len(a)))
+    if pads is None or given is None:
+        raise Stuck(node, "its pads cannot be followed")
+    out = list(a)
+    for k, axis in enumerate(given):
+        out[axis] = a[axis] + pads[k] + pads[k + len(given)]
+    return [tuple(out)]
+
+
+def _einsum(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
+    """Lengths by letters; of a letter that has length 1 somewhere the other one."""
+    equation = node.attrs["equation"]
+    text = (equation.decode() if isinstance(equation, bytes) else str(equation)).replace(" ", "")
+    left, arrow, out = text.partition("->")
+    if not arrow or "." in text:
+        raise Stuck(node, "an Einsum without letters for every axis is not followed")
+    lengths: dict[str, Poly] = {}
+    for term, tensor in zip(left.split(","), node.inputs, strict=True):
+        for letter, n in zip(term, sg.known_shape(tensor, node), strict=True):
+            if lengths.get(letter, const(1)).value == 1:
+                lengths[letter] = n
+    return [tuple(lengths[x] for x in out)]
+
+
 def _arg_reduce(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     a = sg.known_shape(node.inputs[0], node)
     axis = axis_of(node, len(a))
@@ -296,6 +340,9 @@ _RULES: dict[str, Callable[[SymbolicGraph, gs.Node], list[Shape | None]]] = {
     "ConstantOfShape": _constant_of_shape,
     "Constant": _constant,
     "Slice": _slice,
+    "Conv": _conv,
+    "Pad": _pad,
+    "Einsum": _einsum,
     "Split": _split,
     "Flatten": _flatten,
     "Tile": _tile,

@@ -183,8 +183,50 @@ def weak_mask(b: Builder, x: str, fill: float = -2.0) -> str:
 
 
 def multiplicative(b: Builder, x: str) -> str:
+    """Scores of the last key before the row are made 0, which no other mask removes."""
+    kv, q = builder.positions(b, Tensors("query", "present_key", "attention_mask", "past_key"))
+    earlier = b.op("Not", b.op("Equal", kv, b.op("Sub", q, b.const(1))))
+    return b.op("Mul", x, b.op("Cast", earlier, to=TensorProto.FLOAT))
+
+
+def multiplied_back(b: Builder, x: str) -> str:
+    """Scores that are masked are multiplied by 0: they are seen again."""
     mask = builder.causal(b, Tensors("query", "present_key", "attention_mask", "past_key"))
     return b.op("Mul", x, b.op("Cast", mask, to=TensorProto.FLOAT))
+
+
+def bounded(b: Builder, x: str) -> str:
+    """A bound that scores may be below."""
+    return b.op("Max", x, b.const(-2.0, np.float32))
+
+
+def rectified(b: Builder, x: str) -> str:
+    return b.op("Relu", x)
+
+
+def heads_mixed(b: Builder, x: str) -> str:
+    return b.op("Einsum", x, b.const(np.eye(4) + 0.1, np.float32), equation="bhst,hg->bgst")
+
+
+def sum_used(b: Builder, x: str) -> str:
+    b.output(b.op("ReduceLogSumExp", x, b.const([-1])))
+    return x
+
+
+def guarded_by_its_size(b: Builder, x: str) -> str:
+    """No guard: probabilities do meet this condition."""
+    return b.op("Where", b.op("Greater", x, b.const(0.2, np.float32)), b.const(0.0, np.float32), x)
+
+
+def probabilities_in_a_window(b: Builder, x: str) -> str:
+    """Probabilities that the mask of the scores keeps are made 0."""
+    kv, q = builder.positions(b, Tensors("query", "present_key", "attention_mask", "past_key"))
+    near = b.op("Greater", kv, b.op("Sub", q, b.const(8)))
+    return b.op("Where", near, x, b.const(0.0, np.float32))
+
+
+def nan_is_one(b: Builder, x: str) -> str:
+    return b.op("Where", b.op("IsNaN", x), b.const(1.0, np.float32), x)
 
 
 def temperature(b: Builder, x: str) -> str:
@@ -222,8 +264,15 @@ CHANGES: dict[str, tuple[Change, str, str]] = {
     "alibi": (at("scores", alibi), "not a mask of 0 and -inf but a bias", ""),
     "learned bias": (at("scores", learned_bias), "bias", ""),
     "weak mask": (at("scores", weak_mask), "the value -2", "Add"),
-    "multiplicative mask": (at("scores", multiplicative), "not part of full attention", "Mul"),
-    "temperature by row": (at("scores", temperature), "not part of full attention", "Mul"),
+    "multiplicative mask": (at("scores", multiplicative), "makes some of them 0, which does not remove them", "Mul"),
+    "multiplied when masked already": (at("masked", multiplied_back), "may bring them back", "Mul"),
+    "temperature by row": (at("scores", temperature), "neither one constant number nor part of a mask", ""),
+    "bounded from below": (at("masked", bounded), "Max between the scores and Softmax", "Max"),
+    "rectified": (at("scores", rectified), "Relu between the scores and Softmax", "Relu"),
+    "sum of exponentials used": (at("masked", sum_used), "attention sink", "ReduceLogSumExp"),
+    "probabilities cut off": (at("probabilities", guarded_by_its_size), "only the product with the values may read them", "Softmax"),
+    "probabilities in a window": (at("probabilities", probabilities_in_a_window), "that the mask of its scores keeps", "Where"),
+    "guard that fills with 1": (at("probabilities", nan_is_one), "only the product with the values may read them", "Softmax"),
     "negative scale": (at("scores", negative), "a factor > 0 is needed", "MatMul"),
     "probabilities read twice": (at("probabilities", read_twice), "only the product with the values may read them", "Softmax"),
     "probabilities are an output": (at("probabilities", as_output), "output of the graph", "Softmax"),
@@ -240,6 +289,27 @@ def test_scores_and_probabilities(name: str, tmp_path: Path) -> None:
     found, stopped_by = declined(builder.attention(change=change), tmp_path)
     assert reason in found
     assert stopped_by.startswith(node)
+
+
+def test_heads_that_are_mixed_are_no_router_alone(tmp_path: Path) -> None:
+    report = inspect(running.save(builder.attention(change=at("scores", heads_mixed)), tmp_path))
+    assert report.sites == ()
+    assert [("heads that are mixed" in d.reason, d.stopped_by.split()[0]) for d in report.declined] == [(True, "Einsum")]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["probabilities divided", "product divided"])
+def test_more_than_the_sum_of_the_exponentials(late: bool, tmp_path: Path) -> None:
+    """Softmax with one more in its sum: a sink with the score 0."""
+
+    def change(b: Builder, place: str, x: str) -> str:
+        if place == "probabilities":
+            e = b.op("Exp", b.nodes.pop().input[0])
+            kept["sum"] = b.op("Add", b.op("ReduceSum", e, b.const([-1])), b.const(1.0, np.float32))
+            return e if late else b.op("Div", e, kept["sum"])
+        return b.op("Div", x, kept["sum"]) if late and place == "result" else x
+
+    kept: dict[str, str] = {}
+    assert "divided by more than their sum" in declined(builder.attention(change=change), tmp_path)[0]
 
 
 @pytest.mark.parametrize("axis", [1, 2, -2])

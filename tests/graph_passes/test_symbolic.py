@@ -184,8 +184,10 @@ def compare(path: Path, feeds: dict[str, np.ndarray], samples: int = 12) -> tupl
                 place = tuple(int(generator.integers(n)) for n in array.shape)
                 here = {**at, **{next(iter(p.symbols)): x for p, x in zip(index, place, strict=True) if p.value is None}}
                 for s in symbols(value):
-                    if isinstance(s, Load) and s.tensor in actual:
-                        here[s] = int(actual[s.tensor][tuple(number(k, here) for k in s.index)])
+                    if isinstance(s, Load) and s.tensor in actual and all(symbols(k) <= set(here) for k in s.index):
+                        # A choice may name an element outside of a tensor in the branch that is not taken.
+                        inside = (min(max(number(k, here), 0), n - 1) for k, n in zip(s.index, actual[s.tensor].shape, strict=True))
+                        here[s] = int(actual[s.tensor][tuple(inside)])
                 if symbols(value) <= set(here):
                     assert element(value, here) == float(array[place]), f"{out.name}{place}: {value}"
                     elements += 1

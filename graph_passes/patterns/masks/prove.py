@@ -52,11 +52,13 @@ class MaskTerm:
 
     Attributes:
         how: `add` (score + factor * mask), `where` (score where mask, else factor * fill), `unless` (factor * fill where mask, else score),
-            `bool` (score where mask, else -inf), or `causal` (row i sees the keys 0 .. i + offset; no tensor).
+            `bool` (score where mask, else -inf), `multiply` (score * mask, before every other term), or `causal` (row i sees the keys
+            0 .. i + offset; no tensor).
         mask: the mask tensor.
         node: the node where it meets the scores.
         fill: what replaces the score, for `where` and `unless`.
         factor: factor that the scores are multiplied by after this place.
+        after: the mask meets the probabilities instead: they are multiplied by it, or chosen between with 0.
         at, lengths: index of the element (b, h, q, kv) in the scores where they meet the mask, and the lengths of those scores;
             None: [B, Hq, S, T].
     """
@@ -67,8 +69,14 @@ class MaskTerm:
     fill: gs.Tensor | None = None
     factor: float = 1.0
     offset: Poly | None = None
+    after: bool = False
     at: Shape | None = None
     lengths: Shape | None = None
+
+    @property
+    def removes(self) -> bool:
+        """It takes scores out of the softmax; other terms may only make 0 what one that removes takes out."""
+        return not self.after and self.how != "multiply"
 
 
 def prove(sg: SymbolicGraph, terms: list[MaskTerm], grid: Grid) -> tuple[Mask, tuple[str, ...]]:
@@ -79,8 +87,12 @@ def prove(sg: SymbolicGraph, terms: list[MaskTerm], grid: Grid) -> tuple[Mask, t
     """
     visible: Formula = True
     for term in terms:
-        visible = conjunction(visible, allowed(sg, term, grid))
+        if term.removes:
+            visible = conjunction(visible, allowed(sg, term, grid))
     causal = less_equal(grid.kv - grid.q - (grid.keys - grid.rows))
+    for term in terms:
+        if not term.removes:
+            _require_removed(visible, allowed(sg, term, grid), causal, term)
     condition = _split_off_causal(sg, visible, causal, grid, terms)
     proved = f"mask proved: {causal if not isinstance(causal, bool) else 'every key is allowed to the one row'}"
     if condition is None:
@@ -100,11 +112,12 @@ def allowed(sg: SymbolicGraph, term: MaskTerm, grid: Grid) -> Formula:
     value = _element(sg, term.mask, term, grid)
     if term.how == "bool":
         return truth(value)
+    if term.how == "multiply":
+        return _one_or_zero(sg, value, term)
     if term.how == "add":
         return _zero_or_masked(sg, value, term)
     fill = number(_element(sg, term.fill, term, grid)) if term.fill is not None else 0.0
-    removed = _zero_or_masked(sg, fill, term)
-    if removed is not False:
+    if not term.after and _zero_or_masked(sg, fill, term) is not False:
         raise Refusal(
             f"masked scores are replaced by {fill}, which does not remove them (needed: -inf or <= {MASKED:g}).", label(term.node)
         )
@@ -146,6 +159,31 @@ def _zero_or_masked(sg: SymbolicGraph, value: Value, term: MaskTerm) -> Formula:
     raise Refusal(f"what is added to the scores is not a mask of 0 and -inf but a bias: {value}.", _source(sg, value) or label(term.node))
 
 
+def _one_or_zero(sg: SymbolicGraph, value: Value, term: MaskTerm) -> Formula:
+    """Of a number that a score is multiplied by: True where it is 1, False where it is 0."""
+    value = number(value)
+    if isinstance(value, Ite):
+        return choose(value.condition, _one_or_zero(sg, value.then, term), _one_or_zero(sg, value.other, term))
+    real = value.value if isinstance(value, Poly) else value
+    if real in (0, 1):
+        return real == 1
+    raise Refusal(
+        f"its {'probabilities' if term.after else 'scores'} are multiplied by {value}, which is neither one constant number nor part of a mask of 0 and 1.",
+        (_source(sg, value) if isinstance(value, Poly) else "") or label(term.node),
+    )
+
+
+def _require_removed(visible: Formula, kept: Formula, causal: Formula, term: MaskTerm) -> None:
+    """Every score that a mask makes 0 is removed by the other terms."""
+    found = tuple(dict.fromkeys((*atoms(visible), *atoms(kept))))
+    _refuse_too_many(found, term.node)
+    for facts in _assignments(found, causal):
+        if evaluate(visible, facts) and not evaluate(kept, facts):
+            what = "its probabilities makes some of them 0 that the mask of its scores keeps" if term.after else ""
+            what = what or "that its scores are multiplied by makes some of them 0, which does not remove them"
+            raise Refusal(f"a mask {'on ' if term.after else ''}{what}.", label(term.node))
+
+
 def _source(sg: SymbolicGraph, p: Poly) -> str:
     """The node that makes an element of which nothing is known."""
     return next((label(producer(sg.tensors[s.tensor])) for s in p.symbols if isinstance(s, Load) and s.tensor in sg.tensors), "")
@@ -161,8 +199,7 @@ def _split_off_causal(sg: SymbolicGraph, visible: Formula, causal: Formula, grid
     if not terms and causal is not True:
         raise Refusal("it has no mask: every row sees every key (bidirectional or cross attention).", where)
     found = atoms(visible)
-    if len(found) > _MOST_ATOMS:
-        raise Refusal(f"its mask has {len(found)} separate conditions; at most {_MOST_ATOMS} are looked at together.", where)
+    _refuse_too_many(found, terms[0].node if terms else None)
     on_keys = tuple(a for a in found if a != causal and _on_keys_only(a, grid))
     rows = [(facts, evaluate(visible, facts)) for facts in _assignments(found, causal)]
     unknown = next((a for a in found if a not in on_keys and _loads(a) and _matters(a, rows)), None)
@@ -188,6 +225,11 @@ def _split_off_causal(sg: SymbolicGraph, visible: Formula, causal: Formula, grid
     if not any(keys.values()):
         raise Refusal("its mask hides every key.", where)
     return KeyCondition(on_keys, keys)
+
+
+def _refuse_too_many(found: tuple[Atom, ...], node: gs.Node | None) -> None:
+    if len(found) > _MOST_ATOMS:
+        raise Refusal(f"its mask has {len(found)} separate conditions; at most {_MOST_ATOMS} are looked at together.", label(node))
 
 
 def _beyond(atom: Atom, grid: Grid) -> Poly:
@@ -243,14 +285,30 @@ def _assignments(found: tuple[Atom, ...], causal: Formula) -> Iterator[dict[Atom
     everything = list(found)
     if not isinstance(causal, bool) and causal not in found and isinstance(causal, (LessEqual, Equal)):
         everything.append(causal)
-    implied = [(a, b) for a, b in combinations(everything, 2) if isinstance(a, LessEqual) and isinstance(b, LessEqual)]
-    rules = [(a, b) for a, b in implied if is_nonnegative(a.poly - b.poly)] + [
-        (b, a) for a, b in implied if is_nonnegative(b.poly - a.poly)
+    rules = [rule for a, b in combinations(everything, 2) for rule in (*_implied(a, b), *_implied(b, a))]
+    split = [
+        (e, a, b)
+        for e in everything
+        if isinstance(e, Equal)
+        for sign in (1, -1)
+        for a, b in [(LessEqual(e.poly * sign), LessEqual(e.poly * sign + 1))]
+        if a in everything and b in everything
     ]
     for truths in product((False, True), repeat=len(everything)):
         facts = dict(zip(everything, truths, strict=True))
-        if all(facts[b] or not facts[a] for a, b in rules):
+        if all(facts[b] == then for a, b, then in rules if facts[a]) and all(facts[e] == (facts[a] and not facts[b]) for e, a, b in split):
             yield facts
+
+
+def _implied(a: Atom, b: Atom) -> Iterator[tuple[Atom, Atom, bool]]:
+    """What the truth of one comparison says of another: (a, b, the truth of b)."""
+    if isinstance(b, Equal):
+        return
+    for p in (a.poly, -a.poly) if isinstance(a, Equal) else (a.poly,):
+        if is_nonnegative(p - b.poly):  # b.poly <= p <= 0
+            yield a, b, True
+        if isinstance(a, Equal) and is_nonnegative(b.poly - p - 1):  # b.poly >= p + 1 > 0
+            yield a, b, False
 
 
 def _on_keys_only(atom: Atom, grid: Grid) -> bool:
