@@ -111,11 +111,19 @@ def _elementwise(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     return [broadcast(sg, node, [sg.known_shape(t, node) for t in node.inputs])]
 
 
+def _require_equal(sg: SymbolicGraph, node: gs.Node, left: Poly, right: Poly) -> None:
+    """Two lengths that an operator requires to be equal. Of two numbers that are not, nothing follows: a runtime may still run the node
+    (ONNX Runtime joins an empty tensor to one of any width), and what it makes is not what the file declares."""
+    if left.value is not None and right.value is not None and left != right:
+        raise Stuck(node, f"its inputs have the lengths {left} and {right} where equal ones are required")
+    sg.equal(left, right, certain=True)
+
+
 def _matmul(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     a, b = (sg.known_shape(t, node) for t in node.inputs[:2])
     if len(a) < 2 or len(b) < 2:
         raise Stuck(node, "a product with a vector is not followed")
-    sg.equal(a[-1], b[-2], certain=True)
+    _require_equal(sg, node, a[-1], b[-2])
     return [(*broadcast(sg, node, [a[:-2], b[:-2]]), a[-2], b[-1])]
 
 
@@ -166,7 +174,7 @@ def _concat(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     for part in parts[1:]:
         for k, (first, other) in enumerate(zip(parts[0], part, strict=True)):
             if k != axis:
-                sg.equal(first, other, certain=True)
+                _require_equal(sg, node, first, other)
     return [tuple(total if i == axis else n for i, n in enumerate(parts[0]))]
 
 

@@ -176,3 +176,12 @@ def test_half_types_widened_before_the_products(tmp_path: Path) -> None:
     expected, got = running.Session(path)(data)["result"], running.Session(out)(data)["result"]
     assert got.dtype == np.float32
     assert running.largest_difference(expected, got, real) < 4e-3
+
+
+def test_a_declared_width_that_the_join_of_the_past_contradicts(tmp_path: Path) -> None:
+    """ONNX Runtime runs it where the past is empty, with the width of the new values: nothing follows from the declaration."""
+    model = builder.attention(Spelling(repeat="concat"))
+    value = next(i for i in model.graph.input if i.name == "past_value")
+    value.type.tensor_type.shape.dim[3].dim_value = 2 * builder.DV
+    (declined,) = inspect(running.save(model, tmp_path)).declined
+    assert declined.reason == "its head size is not fixed in the graph."
