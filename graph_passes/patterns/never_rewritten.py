@@ -1,4 +1,4 @@
-"""Softmax spelled out as Exp / ReduceSum / Div in a form that is not one Softmax (`passes.expand.softmax_in_parts`): it is listed
+"""Softmax spelled out as Exp, ReduceSum and Div (or Mul by Reciprocal) in a form that is not one Softmax (`passes.expand.softmax_in_parts`): it is listed
 with the reason, so that none is passed over in silence."""
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ def pattern(node: gs.Node) -> str:
 
 
 def matches(node: gs.Node) -> bool:
-    if node.op != "Div" or not is_standard(node) or len(node.inputs) != 2:
+    if node.op not in ("Div", "Mul") or not is_standard(node) or len(node.inputs) != 2:
         return False
-    top, bottom = (producer(t) for t in node.inputs)
-    return (
-        top is not None
-        and bottom is not None
-        and top.op == "Exp"
-        and bottom.op == "ReduceSum"
-        and bool(bottom.inputs)
-        and bottom.inputs[0] is node.inputs[0]
+    return any(
+        _is_share(*pair, node.op) for pair in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0]))[: 1 + (node.op == "Mul")]
     )
+
+
+def _is_share(top: gs.Tensor, other: gs.Tensor, op: str) -> bool:
+    """`Exp(x)` and the sum of it, or, for Mul, one over the sum."""
+    exp, bottom = producer(top), producer(other)
+    if op == "Mul":
+        bottom = producer(bottom.inputs[0]) if bottom is not None and bottom.op == "Reciprocal" else None
+    return exp is not None and exp.op == "Exp" and bottom is not None and bottom.op == "ReduceSum" and bottom.inputs[:1] == [top]
 
 
 def site(sg: SymbolicGraph, node: gs.Node, name: str) -> AttentionSite:

@@ -263,9 +263,9 @@ def _forward(sg: SymbolicGraph, softmax: gs.Node) -> tuple[gs.Node, list[gs.Node
     while True:
         readers = [n for n in tensor.outputs if n.op != "Shape"]
         guard = _nan_guard(sg, tensor, readers)
-        if guard is not None:
-            passed += readers
-            tensor = guard.outputs[0]
+        if guard:
+            passed += guard
+            tensor = guard[-1].outputs[0]
         elif len({id(n) for n in readers}) != 1:
             names = ", ".join(label(n) for n in readers) or "nothing"
             raise Refusal(f"its probabilities are read by {names}; only the product with the values may read them.", label(softmax))
@@ -291,14 +291,23 @@ def _training(sg: SymbolicGraph, node: gs.Node) -> bool:
     return training is None or bool(training.any())
 
 
-def _nan_guard(sg: SymbolicGraph, tensor: gs.Tensor, readers: list[gs.Node]) -> gs.Node | None:
-    """The Where of `Where(IsNaN(p), 0, p)` when `readers` are exactly that."""
+def _nan_guard(sg: SymbolicGraph, tensor: gs.Tensor, readers: list[gs.Node]) -> list[gs.Node]:
+    """The nodes of `Where(IsNaN(p), 0, p)`, the Where last, when `readers` are exactly that; its condition may be turned by Not."""
     tests, wheres = ([n for n in readers if n.op == op] for op in ("IsNaN", "Where"))
     if len(readers) != 2 or len(tests) != 1 or len(wheres) != 1:
-        return None
-    where, test = wheres[0], tests[0]
-    is_guard = where.inputs[0] is test.outputs[0] and sg.scalar(where.inputs[1]) == 0 and where.inputs[2] is tensor
-    return where if is_guard and len(test.outputs[0].outputs) == 1 else None
+        return []
+    where, nodes, is_nan = wheres[0], [tests[0]], True
+    condition = tests[0].outputs[0]
+    while condition is not where.inputs[0]:
+        if len(condition.outputs) != 1 or condition.outputs[0].op not in ("Not", "Identity"):
+            return []
+        nodes.append(condition.outputs[0])
+        is_nan = is_nan != (condition.outputs[0].op == "Not")
+        condition = condition.outputs[0].outputs[0]
+    zero, kept = where.inputs[1:] if is_nan else where.inputs[:0:-1]
+    if len(condition.outputs) != 1 or sg.scalar(zero) != 0 or kept is not tensor:
+        return []
+    return [*nodes, where]
 
 
 def _refuse_other_readers(sg: SymbolicGraph, core: Core) -> None:

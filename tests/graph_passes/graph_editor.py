@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 __all__ = ["Core", "Editor"]
 
 _FARTHEST = 16
+_T = TypeVar("_T")
 
 
 class Core:
@@ -38,6 +40,8 @@ class Editor:
         self._types = {v.name: v.type.tensor_type for v in (*known.value_info, *known.input, *known.output)}
         self._dtypes = {name: t.elem_type for name, t in self._types.items()} | {t.name: t.data_type for t in self.graph.initializer}
         self._made = 0
+        self._tag = generator.randrange(10**6)
+        self.chosen: list[str] = []
         self.opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
 
     def dtype(self, name: str) -> int:
@@ -108,6 +112,12 @@ class Editor:
                 found.append(Core(product, softmax, output))
         return found
 
+    def choose(self, ways: Sequence[_T]) -> _T:
+        """One of several ways, which is remembered for the message of a failing test."""
+        way = self.random.choice(ways)
+        self.chosen.append(str(way))
+        return way
+
     def const(self, value: object, dtype: type | np.dtype = np.int64) -> str:
         tensor = numpy_helper.from_array(np.array(value, dtype=dtype), self._name("const"))
         self.graph.initializer.append(tensor)
@@ -169,7 +179,7 @@ class Editor:
 
     def _name(self, what: str) -> str:
         self._made += 1
-        return f"edit.{what}.{self._made}"
+        return f"edit.{self._tag}.{what}.{self._made}"
 
     def _near(self) -> set[str]:
         """What attention scores and masks are made from: tensors a few steps before a softmax, and just after one."""

@@ -27,6 +27,7 @@ RULES: Mapping[tuple[str, str], Callable[[Maker], None]] = {
     ("", "Attention"): onnx_attention.expand,
     ("", "Div"): softmax_in_parts.expand,
     ("", "Einsum"): einsum.expand,
+    ("", "Mul"): softmax_in_parts.expand,
     ("", "Reshape"): softmax_flattened.expand,
     ("", "SimplifiedLayerNormalization"): norms.expand_rms,
     (MICROSOFT, "Attention"): packed_attention.expand,

@@ -239,7 +239,8 @@ def _matters(atom: Atom, rows: list[tuple[dict[Atom, bool], bool]]) -> bool:
 
 
 def _assignments(found: tuple[Atom, ...], causal: Formula) -> Iterator[dict[Atom, bool]]:
-    """All truths of the comparisons that can hold together, as far as pairs of them tell."""
+    """All truths of the comparisons that can hold together, as far as it can be told from those of one integer with different
+    numbers, and from pairs of others."""
     everything = list(found)
     if not isinstance(causal, bool) and causal not in found and isinstance(causal, (LessEqual, Equal)):
         everything.append(causal)
@@ -247,10 +248,30 @@ def _assignments(found: tuple[Atom, ...], causal: Formula) -> Iterator[dict[Atom
     rules = [(a, b) for a, b in implied if is_nonnegative(a.poly - b.poly)] + [
         (b, a) for a, b in implied if is_nonnegative(b.poly - a.poly)
     ]
-    for truths in product((False, True), repeat=len(everything)):
-        facts = dict(zip(everything, truths, strict=True))
+    groups: dict[Poly, list[tuple[Atom, int, int]]] = {}
+    for atom in everything:
+        offset = dict(atom.poly.terms).get((), 0)
+        integer = atom.poly - offset
+        sign = 1 if not integer.terms or integer.terms[0][1] > 0 else -1
+        groups.setdefault(integer * sign, []).append((atom, sign, offset))
+    for truths in product(*map(_truths_of_one_integer, groups.values())):
+        facts = {
+            atom: truth
+            for group, part in zip(groups.values(), truths, strict=True)
+            for (atom, _, _), truth in zip(group, part, strict=True)
+        }
         if all(facts[b] or not facts[a] for a, b in rules):
             yield facts
+
+
+def _truths_of_one_integer(group: list[tuple[Atom, int, int]]) -> list[tuple[bool, ...]]:
+    """The truths that comparisons `sign * x + offset` <= 0 or == 0 take together for some integer x."""
+    changes = {-sign * offset + step for _, sign, offset in group for step in (-1, 0, 1)}
+
+    def holds(atom: Atom, value: int) -> bool:
+        return value <= 0 if isinstance(atom, LessEqual) else value == 0
+
+    return list(dict.fromkeys(tuple(holds(atom, sign * x + offset) for atom, sign, offset in group) for x in sorted(changes)))
 
 
 def _on_keys_only(atom: Atom, grid: Grid) -> bool:
