@@ -91,7 +91,9 @@ def _bounds(sg: SymbolicGraph, node: gs.Node, axis: int, length: Poly, start: Po
         return first, last - first
     if step == 1 and first.value == 0 and is_nonnegative(last) and (length.value or 0) > 1:
         return first, poly(Clamped(last, length.value or 0))
-    return first, sg.open_length(node.outputs[0], axis)
+    # A few entries of an axis of open length: they meet a longer axis by being repeated, and are never taken to be as many.
+    few = (last - first).value is not None
+    return first, sg.open_length(node.outputs[0], axis, repeated=few)
 
 
 def _position(p: Poly, length: Poly) -> Poly:

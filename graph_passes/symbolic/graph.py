@@ -178,10 +178,10 @@ class SymbolicGraph:
         """A length with the one name of each length in it."""
         return substituted(p, self._same)
 
-    def equal(self, left: Poly, right: Poly, *, certain: bool) -> None:
-        """Records that two lengths are equal (`certain`), or that one of them is 1."""
+    def equal(self, left: Poly, right: Poly, *, certain: bool, repeats: bool = False) -> None:
+        """Records that two lengths are equal (`certain`), or that one of them is 1 (see `Equation`)."""
         if left != right and (left.value is None or right.value is None):
-            self.equations.append(Equation(left, right, certain))
+            self.equations.append(Equation(left, right, certain, repeats))
 
     def shape(self, tensor: gs.Tensor) -> Shape | None:
         """Lengths of the axes; None when even their number is unknown."""
@@ -317,7 +317,8 @@ class SymbolicGraph:
         self._dtypes[tensor.name] = dtype if dtype is not None else element_type(tensor)
 
     def open_length(self, tensor: gs.Tensor, axis: int, *, repeated: bool = False) -> Poly:
-        """A length of which nothing is known; `repeated`: but that it is one of two that meet."""
+        """A length of which nothing is known; `repeated`: but that it is not to be taken for one that it meets (it is one of two that
+        met, or may be 1)."""
         return substituted(poly(Dim(f"{tensor.name}.{'broadcast' if repeated else 'shape'}[{axis}]")), self._same)
 
     def _declare(self, tensor: gs.Tensor, shape: list | None) -> None:

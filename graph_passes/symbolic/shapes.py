@@ -54,7 +54,7 @@ def broadcast(sg: SymbolicGraph, node: gs.Node, shapes: list[Shape], *, repeats:
     """The common shape; a length that cannot be told (two different open ones) is left open.
 
     Args:
-        repeats: the operator is there to repeat (Expand); elsewhere different open lengths are likely to be equal, and noted.
+        repeats: the operator is there to repeat (Expand); elsewhere different open lengths are likely to be equal.
     """
     rank = max(len(s) for s in shapes)
     out: list[Poly] = []
@@ -69,8 +69,8 @@ def broadcast(sg: SymbolicGraph, node: gs.Node, shapes: list[Shape], *, repeats:
         if fixed or len(lengths) < 2:
             out.append((fixed or lengths or [const(1)])[0])
         else:
-            for other in [] if repeats else lengths[1:]:
-                sg.equal(lengths[0], other, certain=False)
+            for other in lengths[1:]:
+                sg.equal(lengths[0], other, certain=False, repeats=repeats)
             out.append(sg.open_length(node.outputs[0], axis, repeated=True))
     return tuple(out)
 

@@ -413,10 +413,8 @@ def softmax_in_parts(e: Editor) -> bool:
     x = e.op(node, "Sub", x, highest)
     exp = e.op(node, "Exp", x)
     total = e.op(node, "ReduceSum", exp, e.const([axis]), keepdims=1)
-    if e.choose(["div", "mul"]) == "mul":
-        made = e.op(node, "Mul", exp, e.op(node, "Reciprocal", total))
-    else:
-        made = e.op(node, "Div", exp, total)
+    inverse = e.choose(["div", "mul"]) == "mul"
+    made = e.op(node, "Mul", exp, e.op(node, "Reciprocal", total)) if inverse else e.op(node, "Div", exp, total)
     e.replace(node, made)
     return True
 
@@ -573,14 +571,12 @@ def range_otherwise(e: Editor) -> bool:
     if e.array(delta) is None or int(e.array(delta).reshape(())) != 1:  # type: ignore[union-attr]
         return False
     length = e.op(node, "Sub", limit, start)
-    how = e.choose(["shifted", "counted", "buffer"])
+    how = e.choose(["shifted", "counted"])
     vector = e.op(node, "Unsqueeze", length, e.const([0])) if e.shape(limit) == [] else e.op(node, "Reshape", length, e.const([1]))
     if how == "shifted":
         made = e.op(node, "Range", e.const(0), length, delta)
-    elif how == "counted":
-        made = e.op(node, "CumSum", e.op(node, "Expand", e.const([1]), vector), e.const(0), exclusive=1)
     else:
-        made = e.op(node, "Slice", e.const(np.arange(512)), e.const([0]), vector)
+        made = e.op(node, "CumSum", e.op(node, "Expand", e.const([1]), vector), e.const(0), exclusive=1)
     e.replace(node, e.op(node, "Add", made, start))
     return True
 

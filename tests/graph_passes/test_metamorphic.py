@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from graph_passes.pipeline import inspect, rewrite
 from tests.data.frozen import Frozen, frozen, thaw
 from tests.data.judge import EXACT, feeds, tolerance
 from tests.graph_passes.graph_editor import Editor
+from tests.graph_passes.other_meaning import OTHER, NoPlace
 from tests.graph_passes.same_meaning import SAME
 from tests.graph_passes.test_frozen_mutants import Bare
 
@@ -25,7 +27,7 @@ VARIANTS = int(os.environ.get("SA_VARIANTS", "0"))
 SEED = int(os.environ.get("SA_VARIANTS_SEED", "0"))
 LARGEST = 330_000
 CALLS = ((2, 20, 3, "left"), (1, 18, 0, "none"), (1, 7, 12, "none"))
-LEFT_OUT = ("fp16", "int4", "paged", "static", "11", "14", "17", "cuda", "webgpu", "gpt-oss")
+LEFT_OUT = ("fp16", "int4", "paged", "static", "11", "14", "17", "cuda", "webgpu", "gpt-oss", "encoder", "alibi")
 """Routes and families that are not float32 on a CPU, are of an opset whose operators are spelled otherwise, or have nothing to rewrite."""
 
 
@@ -39,21 +41,28 @@ def content(graph: Frozen) -> bytes:
     return thaw(graph.path)
 
 
-def numbers(path: Path) -> list[dict[str, np.ndarray] | None]:
-    """Logits and presents of real tokens in each call; None for a call that the graph does not take."""
+def numbers(path: Path, *, padding: bool = True, turned: bool = False) -> list[dict[str, np.ndarray] | None]:
+    """Logits and presents of real tokens in each call; None for a call that the graph does not take.
+
+    Args:
+        padding: also of calls with padding, where numbers of padded tokens are nobody's business.
+        turned: the graph takes masks that are 0 for real tokens.
+    """
     session = Bare(path)
     out: list[dict[str, np.ndarray] | None] = []
     for batch, rows, past, pad in CALLS:
-        data = feeds(session, batch, rows, past, pad)
+        data = feeds(session, batch, rows, past, pad if padding else "none")
         if isinstance(data, str):
             out.append(None)
             continue
+        if turned:
+            data["attention_mask"] = 1 - data["attention_mask"]
         try:
             results = session(data)
         except Exception:  # ONNX Runtime's GroupQueryAttention takes no batch with a past
             out.append(None)
             continue
-        mask = data.get("attention_mask", np.ones((batch, past + rows))).astype(bool)
+        mask = data.get("attention_mask", np.full((batch, past + rows), not turned)).astype(bool) != turned
         got = {}
         for name, value in results.items():
             if value.ndim == 3 and value.shape[:2] == (batch, rows):
@@ -130,3 +139,71 @@ def test_other_spellings(tmp_path: Path) -> None:
     print(dict(fates), dict(used))
     assert not wrong, "\n".join(wrong)
     assert fates["as before"] == wanted
+
+
+UNSEEN = ("window longer than any call", "window of all heads but one", "lowered by 5", "chunks", "nine tenths of the probabilities")
+"""Changes that do not show in the calls of the test, or not behind a norm."""
+TURNED = "padding turned"
+
+
+def finite(results: list[dict[str, np.ndarray] | None]) -> bool:
+    return all(np.isfinite(v).all() for r in results if r is not None for v in r.values())
+
+
+def test_other_meanings(tmp_path: Path) -> None:
+    """The changed attention is declined for the true reason, or the rewrite is equal to the change; the others stay sites."""
+    generator = random.Random(SEED)
+    fates: Counter[str] = Counter()
+    made: Counter[str] = Counter()
+    wrong: list[str] = []
+    path, out = tmp_path / "variant.onnx", tmp_path / "out.onnx"
+    wanted = VARIANTS or 2 * len(OTHER)
+    for turn in range(20 * wanted):
+        if fates.total() >= wanted:
+            break
+        graph = generator.choice(bases())
+        model = onnx.load_model_from_string(content(graph))
+        path.write_bytes(model.SerializeToString())
+        before = {s.node for s in inspect(path).sites}
+        editor = Editor(model, generator)
+        cores = [c for c in editor.cores() if c.softmax.name in before]
+        if not cores:
+            continue
+        core = generator.choice(cores)
+        node = core.softmax.name
+        name = list(OTHER)[turn % len(OTHER)]
+        change, reason = OTHER[name]
+        original = numbers(path, padding=False)
+        try:
+            if not change(editor, core):
+                continue
+        except NoPlace:
+            continue
+        made[name] += 1
+        # What the change lets real rows see of padding means nothing, but where the change is one of padding.
+        how = {"padding": not reason, "turned": name == TURNED}
+        what = f"{graph.id}, {node}: {name} {editor.chosen}"
+        path.write_bytes(model.SerializeToString())
+        try:
+            expected = numbers(path, **how)
+            assert any(expected), "the variant does not run"
+            report = inspect(path)
+            found = {s.node for s in report.sites}
+            reasons = [d.reason for d in report.declined]
+            assert found >= before - {node} or not reason, f"another attention is declined too: {reasons}"
+            if reason:
+                assert node not in found, "it is rewritten"
+                assert any(re.search(reason, r) for r in reasons), reasons
+            if reason and finite(expected) and name not in UNSEEN:
+                assert difference(original, expected) > 1e-5, "nothing changed"
+            if found and finite(expected):
+                rewrite(path, out, EXACT, force=True)
+                assert difference(expected, numbers(out, **how)) < tolerance(False), "the rewritten variant computes something else"
+            fates["declined" if node not in found else "equal"] += 1
+        except Exception as error:
+            fates["wrong"] += 1
+            wrong.append(f"{what}: {type(error).__name__} {str(error)[:600]}")
+    print(dict(fates), dict(made))
+    assert not wrong, "\n".join(wrong)
+    assert fates["declined"] > wanted // 2, fates
+    assert fates["equal"] > 0, fates
