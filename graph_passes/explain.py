@@ -124,11 +124,9 @@ def write_cut_out(path: str | Path, explanation: Explanation, out: str | Path, *
         value_info=[wiring.info(o) for o in made if o not in outputs and wiring.knows(o)],
     )
     cut = onnx.helper.make_model(graph, opset_imports=model.opset_import, functions=model.functions, ir_version=model.ir_version)
-    try:
-        onnx.checker.check_model(cut)
-    except onnx.checker.ValidationError as error:
-        first = (str(error).strip() or "no reason given").splitlines()[0]
-        raise GraphError(f"The nodes around {explanation.site.id} cannot stand as a model of their own: {first}") from None
+    complaint = model_io.complaint(cut)
+    if complaint is not None:
+        raise GraphError(f"The nodes around {explanation.site.id} cannot stand as a model of their own: {complaint}")
     model_io.write(cut, out)
 
 
