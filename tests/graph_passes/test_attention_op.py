@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 from onnx import TensorProto
 
@@ -137,6 +138,21 @@ def test_is_declined(name: str, tmp_path: Path) -> None:
     (declined,) = report.declined
     assert reason in declined.reason
     assert declined.stopped_by == f"Attention {node.name}"
+
+
+@pytest.mark.parametrize("opset", [23, 24, 25])
+def test_a_mask_of_one_column_is_not_repeated(opset: int, tmp_path: Path) -> None:
+    """By ONNX's reference every row sees key 0 alone; ONNX Runtime 1.31 refuses the call."""
+    model = attention(opset=opset, mask="none", past_outside=False, is_causal=1)
+    node = next(n for n in model.graph.node if n.op_type == "Attention")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((1, 1, 1, 1), bool), "column"))
+    node.input[3] = "column"
+    data = builder.feeds(model, 2, 6, 0)
+    (got,) = onnx.reference.ReferenceEvaluator(model).run(None, data)
+    first = np.repeat(data["value"][:, :, :1], HQ // HKV, axis=1)
+    assert np.abs(got - first.transpose(0, 2, 1, 3)).max() < 1e-6
+    (declined,) = inspect(running.save(model, tmp_path)).declined
+    assert declined.reason == "its mask column has the length 1 where the scores have seq."
 
 
 def test_heads_that_do_not_divide(tmp_path: Path) -> None:
