@@ -6,7 +6,7 @@ values. On the way back:
 1. a scalar factor (`Mul`, `Div`), before or after the mask; factors on Q and K count too, all are multiplied into `scale`;
 2. a mask: `Add`, `Sub`, `Where(mask, score, fill)` or `Where(mask, fill, score)`;
 3. one `Tanh` before every mask: the soft-cap `c * tanh(x)` with c the factors after it;
-4. float casts (softmax in float32), `Identity`, and the shift `x - ReduceMax(x)`, which softmax does not feel;
+4. float casts (softmax in float32), `Identity`, the shift `x - ReduceMax(x)`, which softmax does not feel, and `Max(x, lowest number)`;
 5. `Reshape`, `Squeeze` and `Unsqueeze` of the axes in front of rows and keys.
 
 On the way forward: casts, `Identity`, reshapes, and the NaN guard `Where(IsNaN(p), 0, p)`. Q, K and V are opaque tensors. Any other
@@ -15,8 +15,10 @@ node, any other consumer and a graph output on the way decline the site with the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
+import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.patterns.axes import Axes, carried, measured
@@ -29,6 +31,11 @@ __all__ = ["Core", "find_core", "is_attention", "matches", "measure", "pattern",
 
 _REASONS = {
     "Concat": "a column is joined to its scores (an attention sink), which full attention does not have.",
+}
+_LOWEST = {
+    onnx.TensorProto.FLOAT16: -65504.0,
+    onnx.TensorProto.BFLOAT16: -(2 - 2**-7) * 2.0**127,
+    onnx.TensorProto.FLOAT: -(2 - 2**-23) * 2.0**127,
 }
 _RESHAPES = op_names("Reshape Squeeze Unsqueeze Flatten")
 
@@ -188,6 +195,9 @@ def _step_back(sg: SymbolicGraph, node: gs.Node, core: Core) -> gs.Tensor:
     if _is_shift(sg, node):
         core.between.append(node.inputs[1].inputs[0])
         return node.inputs[0]
+    unclamped = _unclamped(sg, node)
+    if unclamped is not None:
+        return unclamped
     if node.op == "Tanh":
         if core.softcap:
             raise Refusal("its scores go through Tanh twice, which one soft-cap is not.", label(node))
@@ -212,6 +222,20 @@ def _step_back(sg: SymbolicGraph, node: gs.Node, core: Core) -> gs.Tensor:
     raise Refusal(f"{node.op} between the scores and Softmax is not part of full attention.", label(node))
 
 
+def _unclamped(sg: SymbolicGraph, node: gs.Node) -> gs.Tensor | None:
+    """x of `Max(x, c)` or `Clip(x, c)` with c not above the lowest number: only -inf, which removes a score, becomes c, which does so too."""
+    if node.op not in ("Max", "Clip") or len(node.inputs) < 2:
+        return None
+    lowest = _LOWEST.get(sg.dtype(node.outputs[0]) or 0, -math.inf)
+    present = [t for t in node.inputs if t.name]
+    numbers = [sg.scalar(t) for t in present]
+    kept = [t for t, c in zip(present, numbers, strict=True) if c is None]
+    if len(present) != 2 or len(kept) != 1 or (node.op == "Clip" and (kept[0] is not node.inputs[0] or not node.inputs[1].name)):
+        return None
+    (bound,) = (c for c in numbers if c is not None)
+    return kept[0] if bound <= lowest else None
+
+
 def _is_shift(sg: SymbolicGraph, node: gs.Node) -> bool:
     """`x - ReduceMax(x)` over the keys."""
     if node.op != "Sub":
@@ -234,7 +258,7 @@ def _scores_and_mask(sg: SymbolicGraph, node: gs.Node) -> tuple[gs.Tensor, gs.Te
     raise Refusal(f"it cannot be told which input of {node.op} holds the scores and which the mask.", label(node))
 
 
-_ON_THE_WAY = op_names("Cast CastLike Identity Add Sub Mul Div Where Tanh Reshape Concat Slice Unsqueeze Squeeze Flatten Neg")
+_ON_THE_WAY = op_names("Cast CastLike Identity Add Sub Mul Div Where Tanh Reshape Concat Slice Unsqueeze Squeeze Flatten Neg Max Clip")
 
 
 def _find_product(sg: SymbolicGraph, tensor: gs.Tensor, seen: dict[int, gs.Node]) -> gs.Node | None:
@@ -261,7 +285,7 @@ def _forward(sg: SymbolicGraph, softmax: gs.Node) -> tuple[gs.Node, list[gs.Node
     tensor = softmax.outputs[0]
     passed: list[gs.Node] = []
     while True:
-        readers = [n for n in tensor.outputs if n.op != "Shape"]
+        readers = sg.readers(tensor)
         guard = _nan_guard(sg, tensor, readers)
         if guard:
             passed += guard
@@ -317,7 +341,7 @@ def _refuse_other_readers(sg: SymbolicGraph, core: Core) -> None:
         for tensor in node.outputs:
             if tensor.name in sg.outputs:
                 raise Refusal(f"{tensor.name}, inside the attention, is an output of the graph (output_attentions).", label(node))
-            other = next((n for n in tensor.outputs if id(n) not in inside and n.op != "Shape"), None)
+            other = next((n for n in sg.readers(tensor) if id(n) not in inside), None)
             if other is not None:
                 raise Refusal(f"{tensor.name}, inside the attention, is also read by {label(other)}.", label(other))
 

@@ -103,6 +103,10 @@ class Editor:
         chosen = close if close and self.random.random() < 0.8 else edges
         return self.random.choice(chosen) if chosen else None
 
+    def is_score(self, name: str) -> bool:
+        """It lies between the product of queries and keys and the product with the values."""
+        return any(name == core.product.output[0] or self._lies_between(core, name) for core in self.cores())
+
     def cores(self) -> list[Core]:
         """The attentions that are spelled with Softmax, in graph order."""
         found = []
@@ -191,6 +195,18 @@ class Editor:
             near |= {n.output[0] for n in edge}
             edge = [by_output[i] for n in edge for i in n.input if i in by_output and by_output[i].output[0] not in near]
         return near
+
+    def _lies_between(self, core: Core, name: str) -> bool:
+        seen, edge = set(), [core.output.input[0]]
+        while edge:
+            at = edge.pop()
+            node = self.maker(at)
+            if at == name:
+                return True
+            if node is not None and node is not core.product and at not in seen and len(seen) < 64:
+                seen.add(at)
+                edge += [i for i in node.input if node.op_type in ("Softmax", "Where") or self._leads_to_product(i)]
+        return False
 
     def _back_to_product(self, name: str) -> onnx.NodeProto | None:
         for _ in range(_FARTHEST):

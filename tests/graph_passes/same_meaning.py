@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto
 
 from tests.graph_passes.graph_editor import Editor
+from tests.graph_passes.test_frozen_mutants import rename
 
 __all__ = ["SAME"]
 
@@ -48,8 +49,10 @@ def factor_as_divisor(e: Editor) -> bool:
     if found is None:
         return False
     node, x, c = found
-    how = e.choose(["number", "root", "computed", "vector"])
-    if how == "root" and c > 0:
+    how = e.choose(["number", "root", "power", "computed", "vector"])
+    if how == "power" and c > 0:
+        divisor = e.op(node, "Pow", e.const(1 / c**2, np.float32), e.const(0.5, np.float32))
+    elif how == "root" and c > 0:
         divisor = e.op(node, "Sqrt", e.const(1 / c**2, np.float32))
     elif how == "computed":
         divisor = e.op(node, "Div", e.const(1.0, np.float32), e.op(node, "Cast", e.const(c, np.float64), to=FLOAT, dtype=FLOAT))
@@ -274,8 +277,8 @@ def truth_through_numbers(e: Editor) -> bool:
 def nothing_between(e: Editor) -> bool:
     """Operators that change nothing."""
     place = e.edge()
-    if place is None:
-        return False
+    if place is None or any(r.op_type == "IsNaN" for r in e.readers(place[0].input[place[1]])):
+        return False  # the two readings of a guard are of one tensor
     node, k = place
     x, dtype = node.input[k], e.dtype(node.input[k])
     shape = e.shape(x)
@@ -296,12 +299,14 @@ def nothing_between(e: Editor) -> bool:
         ways["plus nothing"] = lambda: e.op(node, "Add", x, e.const(0.0, np.float32))
     if shape:
         rank = len(shape)
-        axis = e.random.randrange(rank + 1)
+        score = e.is_score(x)  # rows and keys stay the last axes
+        axis = e.random.randrange(rank - 1 if score else rank + 1)
         perm = list(range(rank))
         e.random.shuffle(perm)
         back = [perm.index(i) for i in range(rank)]
         ways["unsqueeze"] = lambda: e.op(node, "Squeeze", e.op(node, "Unsqueeze", x, e.const([axis])), e.const([axis]))
-        ways["transpose"] = lambda: e.op(node, "Transpose", e.op(node, "Transpose", x, perm=perm), perm=back)
+        if not score:
+            ways["transpose"] = lambda: e.op(node, "Transpose", e.op(node, "Transpose", x, perm=perm), perm=back)
         ways["reshape"] = lambda: e.op(node, "Reshape", x, e.op(node, "Shape", x, dtype=INT64))
         ways["zeros"] = lambda: e.op(node, "Reshape", x, e.const([0] * rank))
         ways["expand"] = lambda: e.op(node, "Expand", x, e.op(node, "Shape", x, dtype=INT64))
@@ -608,6 +613,112 @@ def number_of_one_element(e: Editor) -> bool:
     return True
 
 
+def factor_after_mask(e: Editor) -> bool:
+    """(scores + mask) * c, as CodeGen does."""
+    found = _mask_added(e)
+    scaled = e.maker(found[1]) if found is not None else None
+    c = e.number(scaled.input[1]) if scaled is not None and scaled.op_type == "Mul" else None
+    if found is None or scaled is None or not c or not 0 < c <= 1:
+        return False
+    node, _, mask = found
+    e.replace(node, e.op(node, "Mul", e.op(node, "Add", scaled.input[0], mask), e.const(c, np.float32)))
+    return True
+
+
+def clamped_below(e: Editor) -> bool:
+    """Masked scores are at least the lowest number, as older OPT and GPT-2 have it."""
+    cores = e.cores()
+    if not cores:
+        return False
+    node = e.random.choice(cores).softmax
+    if e.dtype(node.input[0]) != FLOAT:
+        return False
+    low = e.const(np.finfo(np.float32).min, np.float32)
+    how = e.choose(["max", "clip"])
+    e.put(node, 0, e.op(node, "Max", node.input[0], low) if how == "max" else e.op(node, "Clip", node.input[0], low))
+    return True
+
+
+def softmax_of_three_axes(e: Editor) -> bool:
+    node = e.pick("Softmax")
+    shape = e.shape(node.input[0]) if node is not None else None
+    if node is None or shape is None or len(shape) != 4:
+        return False
+    whole = e.op(node, "Shape", node.input[0], dtype=INT64)
+    rest = e.op(node, "Slice", whole, e.const([2]), e.const([4]))
+    flat = e.op(node, "Reshape", node.input[0], e.op(node, "Concat", e.const([-1]), rest, axis=0))
+    e.replace(node, e.op(node, "Reshape", e.op(node, "Softmax", flat, axis=e.choose([-1, 2])), whole))
+    return True
+
+
+def mask_in_two(e: Editor) -> bool:
+    """Where(a and b, 0, low) as the sum or the smaller of two."""
+    places = [n for n in e.nodes("Where") if e.number(n.input[1]) == 0 and (e.number(n.input[2]) or 0) <= -1e4]
+    places = [n for n in places if getattr(e.maker(n.input[0]), "op_type", "") == "And" and e.dtype(n.output[0]) == FLOAT]
+    if not places:
+        return False
+    node = e.random.choice(places)
+    both = e.maker(node.input[0])
+    assert both is not None
+    zero, low = e.const(0.0, np.float32), e.const(-1e9, np.float32)
+    parts = [e.op(node, "Where", condition, zero, low, dtype=FLOAT) for condition in both.input]
+    e.replace(node, e.op(node, e.choose(["Add", "Min"]), *parts))
+    return True
+
+
+def projection_as_gemm(e: Editor) -> bool:
+    """x W of three axes as Gemm of two."""
+    node = e.pick("MatMul")
+    weight = e.array(node.input[1]) if node is not None else None
+    shape = e.shape(node.input[0]) if node is not None else None
+    if node is None or weight is None or weight.ndim != 2 or shape is None or len(shape) != 3 or weight.dtype != np.float32:
+        return False
+    rows, columns = weight.shape
+    flat = e.op(node, "Reshape", node.input[0], e.const([-1, rows]))
+    turned = e.choose([0, 1])
+    product = e.op(node, "Gemm", flat, e.const(weight.T if turned else weight, np.float32), transB=turned)
+    front = e.op(node, "Slice", e.op(node, "Shape", node.input[0], dtype=INT64), e.const([0]), e.const([2]))
+    e.replace(node, e.op(node, "Reshape", product, e.op(node, "Concat", front, e.const([columns]), axis=0)))
+    return True
+
+
+def transposes_merged(e: Editor) -> bool:
+    places = []
+    for node in e.nodes("Transpose"):
+        before = e.maker(node.input[0])
+        if before is not None and before.op_type == "Transpose" and before.attribute and node.attribute:
+            places.append((node, before))
+    if not places:
+        return False
+    node, before = e.random.choice(places)
+    first, second = (list(n.attribute[0].ints) for n in (before, node))
+    e.replace(node, e.op(node, "Transpose", before.input[0], perm=[first[p] for p in second]))
+    return True
+
+
+def computed_once(e: Editor) -> bool:
+    """Nodes that compute the same become one, as an optimiser does it."""
+    first: dict[bytes, str] = {}
+    renamed: dict[str, str] = {}
+    outputs = {o.name for o in e.graph.output}
+    for node in list(e.graph.node):
+        node.input[:] = [renamed.get(i, i) for i in node.input]
+        if len(node.output) != 1 or node.output[0] in outputs or any(a.HasField("g") for a in node.attribute):
+            continue
+        key = onnx.NodeProto.FromString(node.SerializeToString())
+        key.ClearField("output"), key.ClearField("name")
+        same = first.setdefault(key.SerializeToString(deterministic=True), node.output[0])
+        if same != node.output[0]:
+            renamed[node.output[0]] = same
+            e.graph.node.remove(node)
+    return bool(renamed)
+
+
+def other_names(e: Editor) -> bool:
+    rename(e.model, e.random)
+    return True
+
+
 def computed_twice(e: Editor) -> bool:
     """A node with several readers is copied for one of them."""
     place = e.edge()
@@ -635,5 +746,15 @@ SAME: dict[str, Callable[[Editor], bool]] = {
         *(truth_through_numbers, nothing_between, constant_as_node, number_with_axes, reshape_lengths, axes_by_reshape, axis_from_the_end),
         *(softmax_in_parts, heads_repeated_otherwise, mask_by_choice, mask_by_comparison, mask_as_numbers),
         *(mask_by_heads, causal_again, range_otherwise, length_otherwise, number_of_one_element, computed_twice, other_order),
+        *(
+            factor_after_mask,
+            clamped_below,
+            softmax_of_three_axes,
+            mask_in_two,
+            projection_as_gemm,
+            transposes_merged,
+            computed_once,
+            other_names,
+        ),
     )
 }

@@ -300,3 +300,21 @@ def test_elements_of_unknown_floats_do_not_become_integers(tmp_path: Path) -> No
     sg = SymbolicGraph(gs.import_onnx(b.model()))
     value = sg.value(sg.tensors[out], (poly(Index("i", Dim_poly("n"))),))
     assert {s.tensor for s in symbols(truth(value)) if isinstance(s, Load)} == {out}
+
+
+def test_axes_that_a_graph_computes_or_is_given() -> None:
+    """Axes made from constants are as good as stored ones; those that are an input say nothing, and are no default."""
+    b = Builder()
+    x, given = b.input("x", ["n", 4]), b.input("axes", [1], onnx.TensorProto.INT64)
+    computed = b.op("Reshape", b.const(-1), b.const([1]))
+    mean = b.op("ReduceMean", x, computed)
+    cut = b.op("Slice", x, b.const([0]), b.const([2]), computed)
+    open_cut = b.op("Slice", x, b.const([0]), b.const([2]), given)
+    for out in (mean, cut, open_cut):
+        b.output(out, rank=2)
+    sg = SymbolicGraph(gs.import_onnx(b.model()))
+    n = Dim_poly("n")
+    assert [sg.shape(sg.tensors[t]) for t in (mean, cut)] == [(n, const(1)), (n, const(2))]
+    assert all(length.value is None and length != n for length in sg.known_shape(sg.tensors[open_cut]))
+    with pytest.raises(Stuck, match="its bounds cannot be followed"):
+        sg.value(sg.tensors[open_cut], (const(0), const(0)))
