@@ -98,7 +98,20 @@ def two_sources(b: Builder, t: Tensors) -> str:
     return b.op("And", builder.causal(b, t), b.op("Unsqueeze", keys, b.const([1, 2])))
 
 
+def earlier_or_own(b: Builder, t: Tensors) -> str:
+    """The comparisons are of one integer: of `kv < q`, `kv == q` and `kv > q` just one holds."""
+    kv, q = builder.positions(b, t)
+    return b.op("And", b.op("Or", b.op("Less", kv, q), b.op("Equal", kv, q)), builder.padding(b, t))
+
+
+def the_later_is_the_row(b: Builder, t: Tensors) -> str:
+    kv, q = builder.positions(b, t)
+    return b.op("And", b.op("Equal", b.op("Max", kv, q), q), builder.padding(b, t))
+
+
 GOOD = {
+    "earlier or own": (earlier_or_own, Spelling()),
+    "the later is the row": (the_later_is_the_row, Spelling()),
     "folded": (folded(), STATIC),
     "folded, as infinities": (folded(), replace(STATIC, mask_as="add_inf")),
     "buffer": (buffer, STATIC),

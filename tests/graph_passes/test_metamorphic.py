@@ -157,7 +157,7 @@ def test_other_meanings(tmp_path: Path) -> None:
     made: Counter[str] = Counter()
     wrong: list[str] = []
     path, out = tmp_path / "variant.onnx", tmp_path / "out.onnx"
-    wanted = VARIANTS or 2 * len(OTHER)
+    wanted = VARIANTS or len(OTHER)
     for turn in range(20 * wanted):
         if fates.total() >= wanted:
             break

@@ -52,6 +52,18 @@ def strict(b: Builder, t: Tensors) -> str:
     return b.op("Less", kv, q)
 
 
+def other_than_own(b: Builder, t: Tensors) -> str:
+    kv, q = builder.positions(b, t)
+    return b.op("Or", b.op("Less", kv, q), b.op("Greater", kv, q))
+
+
+def earlier_but_for_the_second(b: Builder, t: Tensors) -> str:
+    """`kv < q` or `kv == q`, less `kv == q - 1`."""
+    kv, q = builder.positions(b, t)
+    seen = b.op("Or", b.op("Less", kv, q), b.op("Equal", kv, q))
+    return b.op("And", seen, b.op("Not", b.op("Equal", b.op("Add", kv, b.const(1)), q)))
+
+
 def dilated(b: Builder, t: Tensors) -> str:
     kv, q = builder.positions(b, t)
     even = b.op("Equal", b.op("Mod", kv, b.const(2)), b.const(0))
@@ -91,6 +103,8 @@ MASKS: dict[str, tuple[builder.MaskMaker | None, str, str]] = {
     "top left": (top_left, "not the lower-right causal one: it is kv <= q, needed is kv <= past + q", "LessOrEqual"),
     "anticausal": (anticausal, "sees keys that come after it", "Add"),
     "strict": (strict, "hides the last 1 of the keys", "Less"),
+    "other than own": (other_than_own, "sees keys that come after it", "Add"),
+    "earlier but for the second": (earlier_but_for_the_second, "a condition that full causal attention does not have", ""),
     "dilated": (dilated, "chunks or strides", "Equal"),
     "by position ids": (by_position_ids, "depends on the values of position_ids", "LessOrEqual"),
     "rows padded too": (rows_padded_too, "depends on the values of attention_mask", ""),
@@ -210,6 +224,14 @@ def squared(b: Builder, x: str) -> str:
     return b.op("Mul", x, x)
 
 
+def at_least(low: float) -> Callable[[Builder, str], str]:
+    return lambda b, x: b.op("Max", x, b.const(low, np.float32))
+
+
+def at_most(b: Builder, x: str) -> str:
+    return b.op("Clip", x, "", b.const(50.0, np.float32))
+
+
 def dropped_at_random(b: Builder, x: str) -> str:
     return b.op("Dropout", x, b.const(0.5, np.float32), b.const(True, bool))
 
@@ -224,6 +246,8 @@ CHANGES: dict[str, tuple[Change, str, str]] = {
     "weak mask": (at("scores", weak_mask), "the value -2", "Add"),
     "multiplicative mask": (at("scores", multiplicative), "not part of full attention", "Mul"),
     "temperature by row": (at("scores", temperature), "not part of full attention", "Mul"),
+    "at least -1000": (at("masked", at_least(-1e3)), "Max between the scores and Softmax", "Max"),
+    "at most 50": (at("scores", at_most), "Clip between the scores and Softmax", "Clip"),
     "negative scale": (at("scores", negative), "a factor > 0 is needed", "MatMul"),
     "probabilities read twice": (at("probabilities", read_twice), "only the product with the values may read them", "Softmax"),
     "probabilities are an output": (at("probabilities", as_output), "output of the graph", "Softmax"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
@@ -135,3 +136,51 @@ def test_shape_readers_do_not_stop_it(tmp_path: Path) -> None:
     out, report = running.rewritten(path)
     assert report.rewritten == 1
     assert "Softmax" not in [n.op_type for n in onnx.load(out).graph.node]
+
+
+LOW = float(np.finfo(np.float32).min)
+
+
+def guarded(b: builder.Builder, p: str) -> str:
+    return b.op("Where", b.op("Not", b.op("IsNaN", p)), p, b.const(0.0, np.float32))
+
+
+def clamped(b: builder.Builder, x: str) -> str:
+    return b.op("Clip", b.op("Max", x, b.const(LOW, np.float32)), b.const(LOW, np.float32))
+
+
+def read_for_nothing(b: builder.Builder, x: str) -> str:
+    b.op("Relu", x)
+    return x
+
+
+def share_by_reciprocal(b: builder.Builder, p: str) -> str:
+    """The Softmax before it becomes exp(x - max) * (1 / sum)."""
+    softmax = next(n for n in b.nodes if p in n.output)
+    b.nodes.remove(softmax)
+    x = softmax.input[0]
+    e = b.op("Exp", b.op("Sub", x, b.op("ReduceMax", x, b.const([-1]))))
+    return b.op("Mul", b.op("Reciprocal", b.op("ReduceSum", e, b.const([-1]))), e)
+
+
+CHANGES = {
+    "guard by what is a number": ("probabilities", guarded),
+    "clamped at the lowest number": ("masked", clamped),
+    "read by a node that nothing depends on": ("scores", read_for_nothing),
+    "softmax by a reciprocal": ("probabilities", share_by_reciprocal),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_that_mean_nothing(name: str, tmp_path: Path) -> None:
+    place, change = CHANGES[name]
+    model = builder.attention(change=lambda b, at, x: change(b, x) if at == place else x)
+    path = running.save(model, tmp_path)
+    assert [d.reason for d in inspect(path).declined] == []
+    out, report = running.rewritten(path)
+    assert report.rewritten == 1
+    assert not {"Softmax", "Exp", "IsNaN", "Clip", "Relu"} & {n.op_type for n in onnx.load(out).graph.node}
+    data = builder.feeds(model, 2, 20, 3, pad="left")
+    real = running.real_rows(data["attention_mask"], 20)
+    full, sparse = (running.Session(p)(data)["result"] for p in (path, out))
+    assert running.largest_difference(full, sparse, real) < 2e-6

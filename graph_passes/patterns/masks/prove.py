@@ -44,6 +44,7 @@ MASKED = -1e4
 every float type."""
 
 _MOST_ATOMS = 12
+_MOST_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -174,20 +175,32 @@ def _split_off_causal(sg: SymbolicGraph, visible: Formula, causal: Formula, grid
         raise Refusal(f"its mask is not the lower-right causal one: it is {shifted}, needed is {causal}.", _origin(sg, shifted, where))
     if any(value and not _holds(causal, facts) for facts, value in rows):
         raise Refusal("its mask is not causal: a row sees keys that come after it (bidirectional, prefix or cross attention).", where)
-    table: dict[tuple[bool, ...], tuple[bool, dict[Atom, bool]]] = {}
+    table: dict[tuple[bool, ...], dict[bool, list[dict[Atom, bool]]]] = {}
     for facts, value in rows:
-        if not _holds(causal, facts):
-            continue
-        other_value, other = table.setdefault(tuple(facts[a] for a in on_keys), (value, facts))
-        if value != other_value:
-            atom = next(a for a in found if facts[a] != other[a])
-            raise Refusal(_explain(atom, causal, grid, seen_if=facts[atom] == value), _origin(sg, atom, where))
-    keys = {row: value for row, (value, _) in table.items()}
+        if _holds(causal, facts):
+            table.setdefault(tuple(facts[a] for a in on_keys), {}).setdefault(value, []).append(facts)
+    keys: dict[tuple[bool, ...], bool] = {}
+    for row, by_value in table.items():
+        if len(by_value) == 2:
+            atom, seen_if = _closest_difference(found, by_value[True], by_value[False])
+            raise Refusal(_explain(atom, causal, grid, seen_if), _origin(sg, atom, where))
+        keys[row] = next(iter(by_value))
     if all(keys.values()):
         return None
     if not any(keys.values()):
         raise Refusal("its mask hides every key.", where)
     return KeyCondition(on_keys, keys)
+
+
+def _closest_difference(found: tuple[Atom, ...], seen: list[dict[Atom, bool]], hidden: list[dict[Atom, bool]]) -> tuple[Atom, bool]:
+    """A comparison that decides whether a key is seen, and its truth where it is: of two cases that differ in as few as possible."""
+
+    def differing(pair: tuple[dict[Atom, bool], dict[Atom, bool]]) -> list[Atom]:
+        return [a for a in found if pair[0][a] != pair[1][a]]
+
+    pair = min(product(seen[:_MOST_COMPARED], hidden[:_MOST_COMPARED]), key=lambda p: len(differing(p)))
+    atom = differing(pair)[0]
+    return atom, pair[0][atom]
 
 
 def _beyond(atom: Atom, grid: Grid) -> Poly:
