@@ -14,6 +14,7 @@ from graph_passes.errors import GraphError
 from graph_passes.opset import BODIES, opset_of, raise_opset
 from graph_passes.pipeline import inspect, rewrite
 from tests.data.frozen import GRAPHS, thaw
+from tests.data.judge import judge
 from tests.graph_passes import builder, running
 from tests.graph_passes.builder import Spelling
 
@@ -184,3 +185,20 @@ def test_opsets_out_of_reach(opset: int, tmp_path: Path) -> None:
         with pytest.raises(GraphError, match=sentence):
             rewrite(path, tmp_path / "out.onnx")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx"]
+
+
+@pytest.mark.parametrize("opset", [25, 26])
+@pytest.mark.parametrize("route", ["dynamo-eager-24", "dynamo-sdpa-24"])
+def test_a_model_of_the_newest_opsets(route: str, opset: int, tmp_path: Path) -> None:
+    """An exported model of opset 24, whose operators mean the same in the newer ones, is rewritten in its own opset and is equal."""
+    model = onnx.load_model_from_string(thaw(GRAPHS / route / "llama.onnx.xz"))
+    next(o for o in model.opset_import if o.domain == "").version = opset
+    path = running.save(model, tmp_path)
+    judgement = judge(path)
+    assert judgement.report.rewritten == 2
+    assert judgement.report.ok
+    assert judgement.equal
+    assert sum(not d.skipped for d in judgement.differences) >= 5
+    after = onnx.load(path.with_suffix(".sa.onnx"))
+    assert opset_of(after) == opset
+    assert {o.version for f in after.functions for o in f.opset_import if o.domain == ""} == {opset}
