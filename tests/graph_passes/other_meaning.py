@@ -14,12 +14,14 @@ from onnx import TensorProto
 
 from tests.graph_passes.graph_editor import Core, Editor
 
-__all__ = ["OTHER", "NoPlace"]
+__all__ = ["CONDITIONS", "OTHER", "NoPlace", "masked_operator"]
 
 BOOL, FLOAT, INT64 = TensorProto.BOOL, TensorProto.FLOAT, TensorProto.INT64
 LOW = float(np.finfo(np.float32).min)
 
 Change = Callable[[Editor, Core], bool]
+Condition = Callable[[Editor, onnx.NodeProto, str, str], str]
+"""Makes a bool tensor of the positions of keys [T] and of rows [S, 1], in front of a node."""
 
 
 class NoPlace(Exception):
@@ -34,7 +36,7 @@ def _per_head(e: Editor, scores: str) -> np.ndarray:
     return np.arange(shape[1]).reshape(1, shape[1], 1, 1)
 
 
-def _seen(condition: Callable[[Editor, onnx.NodeProto, str, str], str], fill: float = LOW) -> Change:
+def _seen(condition: Condition, fill: float = LOW) -> Change:
     """Scores are kept where a condition on positions of keys [T] and rows [S, 1] holds."""
 
     def change(e: Editor, core: Core) -> bool:
@@ -260,15 +262,29 @@ def _turned_padding(e: Editor, core: Core) -> bool:
     return True
 
 
+CONDITIONS: dict[str, tuple[Condition, str]] = {
+    "window longer than any call": (_window, r"sliding window of 200 keys"),
+    "without the own key": (_strictly_before, r"hides the last 1|condition that full causal attention does not have"),
+    "top left": (_top_left, r"not the lower-right causal one|cannot be told whether"),
+    "chunks": (_chunks, r"chunks or strides"),
+    "strides": (_strides, r"chunks or strides|depends on the values of .*mod"),
+    "without the first key": (_not_the_first_key, r"condition that full causal attention does not have"),
+    "upper triangle": (_upper_triangle, r"sliding window of 1 keys|not causal"),
+}
+"""What a row sees less than full causal attention lets it, and why that must be declined."""
+
+
+def masked_operator(e: Editor, node: onnx.NodeProto, condition: Condition) -> bool:
+    """An ONNX Attention node sees fewer keys: its bool mask and a condition."""
+    if node.op_type != "Attention" or len(node.input) < 4 or e.dtype(node.input[3]) != BOOL:
+        return False
+    e.put(node, 3, e.op(node, "And", node.input[3], condition(e, node, *e.grid(node, node.input[3]))))
+    return True
+
+
 OTHER: dict[str, tuple[Change, str]] = {
-    "window longer than any call": (_seen(_window), r"sliding window of 200 keys"),
+    **{name: (_seen(condition), reason) for name, (condition, reason) in CONDITIONS.items()},
     "window of all heads but one": (_seen(_window_of_some_heads), r"sliding window|depends on the values of .*const"),
-    "without the own key": (_seen(_strictly_before), r"hides the last 1|condition that full causal attention does not have"),
-    "top left": (_seen(_top_left), r"not the lower-right causal one|cannot be told whether"),
-    "chunks": (_seen(_chunks), r"chunks or strides"),
-    "strides": (_seen(_strides), r"chunks or strides|depends on the values of .*mod"),
-    "without the first key": (_seen(_not_the_first_key), r"condition that full causal attention does not have"),
-    "upper triangle": (_seen(_upper_triangle), r"sliding window of 1 keys|not causal"),
     "lowered by 5": (_seen(_window, fill=-5.0), r"neither keeps a score|does not remove them"),
     "scores above a threshold": (_by_score, r"of which nothing is proved|is also read by Greater"),
     "prefix": (_prefix, r"not causal"),

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 
 from graph_passes.pipeline import inspect, rewrite
 from tests.data.frozen import Frozen, frozen, thaw
 from tests.data.judge import EXACT, feeds, tolerance
 from tests.graph_passes.graph_editor import Editor
-from tests.graph_passes.other_meaning import OTHER, NoPlace
+from tests.graph_passes.other_meaning import CONDITIONS, OTHER, NoPlace, masked_operator
 from tests.graph_passes.same_meaning import SAME
 from tests.graph_passes.test_frozen_mutants import Bare
 
@@ -207,3 +208,24 @@ def test_other_meanings(tmp_path: Path) -> None:
     assert not wrong, "\n".join(wrong)
     assert fates["declined"] > wanted // 2, fates
     assert fates["equal"] > 0, fates
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_other_masks_of_the_operator(name: str, family: str, tmp_path: Path) -> None:
+    """One of the two Attention nodes of an export sees fewer keys: it alone is declined."""
+    condition, reason = CONDITIONS[name]
+    (graph,) = (g for g in frozen() if g.id == f"dynamo-sdpa-23/{family}")
+    model = onnx.load_model_from_string(content(graph))
+    node = [n for n in model.graph.node if n.op_type == "Attention"][1]
+    assert masked_operator(Editor(model, random.Random(SEED)), node, condition)
+    path, out = tmp_path / "variant.onnx", tmp_path / "out.onnx"
+    path.write_bytes(model.SerializeToString())
+    report = inspect(path)
+    assert [s.id for s in report.sites] == ["layers.0"]
+    assert [d.id for d in report.declined] == ["layers.1"]
+    assert re.search(reason, report.declined[0].reason), report.declined[0].reason
+    expected = numbers(path, padding=False)
+    assert any(expected)
+    rewrite(path, out, EXACT, force=True)
+    assert difference(expected, numbers(out, padding=False)) < tolerance(False)
