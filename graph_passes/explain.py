@@ -208,7 +208,7 @@ def _match(wiring: _Wiring, core: onnx.NodeProto, stopped: onnx.NodeProto | None
     def step(node: onnx.NodeProto, role: str) -> Step:
         return Step("stopped" if node is stopped else "found", role, _label(node))
 
-    if core.op_type not in ("Softmax", "Div", "LogSoftmax"):  # an operator that holds the whole attention, or a subgraph
+    if core.op_type not in ("Softmax", "Div", "Mul"):  # an operator that holds the whole attention, or a subgraph
         steps, chain = [step(core, "attention in one node")], [core]
     else:
         steps = [step(before[-1], "queries x keys")] if before else [Step("missing", "queries x keys", "")]

@@ -1,5 +1,5 @@
-"""Softmax spelled out as Exp, ReduceSum and Div (or Mul by Reciprocal) in a form that is not one Softmax (`passes.expand.softmax_in_parts`): it is listed
-with the reason, so that none is passed over in silence."""
+"""Softmax spelled out as Exp, ReduceSum and Div, or Mul by a Reciprocal, in a form that is not one Softmax
+(`passes.expand.softmax_in_parts`): it is listed with the reason, so that none is passed over in silence."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ def pattern(node: gs.Node) -> str:
 def matches(node: gs.Node) -> bool:
     if node.op not in ("Div", "Mul") or not is_standard(node) or len(node.inputs) != 2:
         return False
-    return any(
-        _is_share(*pair, node.op) for pair in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0]))[: 1 + (node.op == "Mul")]
-    )
+    left, right = node.inputs
+    return _is_share(left, right, node.op) or (node.op == "Mul" and _is_share(right, left, node.op))
 
 
 def _is_share(top: gs.Tensor, other: gs.Tensor, op: str) -> bool:
@@ -32,10 +31,10 @@ def _is_share(top: gs.Tensor, other: gs.Tensor, op: str) -> bool:
     exp, bottom = producer(top), producer(other)
     if op == "Mul":
         bottom = producer(bottom.inputs[0]) if bottom is not None and bottom.op == "Reciprocal" else None
-    return exp is not None and exp.op == "Exp" and bottom is not None and bottom.op == "ReduceSum" and bottom.inputs[:1] == [top]
+    return exp is not None and exp.op == "Exp" and bottom is not None and bottom.op == "ReduceSum" and bottom.inputs[0] is top
 
 
 def site(sg: SymbolicGraph, node: gs.Node, name: str) -> AttentionSite:
     raise Refusal(
-        "its softmax is spelled out as Exp, ReduceSum and Div over axes that are not followed; export it as Softmax.", label(node)
+        "its softmax is spelled out as Exp, ReduceSum and a division over axes that are not followed; export it as Softmax.", label(node)
     )
