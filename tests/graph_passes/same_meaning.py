@@ -16,6 +16,9 @@ from tests.graph_passes.test_frozen_mutants import rename
 
 __all__ = ["SAME"]
 
+AMONG_SCORES = ("identity", "cast", "cast like", "double", "dropout", "unsqueeze", "reshape", "zeros", "flat and back")
+"""What exporters leave between the two products of an attention without a meaning."""
+
 BOOL, FLOAT, INT64, DOUBLE = TensorProto.BOOL, TensorProto.FLOAT, TensorProto.INT64, TensorProto.DOUBLE
 FILLS = (float(np.finfo(np.float32).min), -1e9, -3e38, -65504.0)
 """What removes a score of the frozen models exactly: exp of it is 0 in float32. (-inf also makes NaN of rows that see no key.)"""
@@ -90,8 +93,8 @@ def swapped_operands(e: Editor) -> bool:
 
 def difference_as_sum(e: Editor) -> bool:
     node = e.pick("Sub", "Add")
-    if node is None or e.dtype(node.input[1]) not in (FLOAT, INT64):
-        return False
+    if node is None or e.dtype(node.input[1]) not in (FLOAT, INT64) or e.number(node.input[0]) == 1:
+        return False  # 1 - mask is what says that a mask holds 0 and 1
     other = "Add" if node.op_type == "Sub" else "Sub"
     e.replace(node, e.op(node, other, node.input[0], e.op(node, "Neg", node.input[1])))
     return True
@@ -314,7 +317,8 @@ def nothing_between(e: Editor) -> bool:
         ways["tile"] = lambda: e.op(node, "Tile", x, e.const([1] * rank))
         ways["slice"] = lambda: e.op(node, "Slice", x, e.const([0]), e.const([2**63 - 1]), e.const([rank - 1]))
         ways["flat and back"] = lambda: e.op(node, "Reshape", e.op(node, "Reshape", x, e.const([-1])), e.op(node, "Shape", x, dtype=INT64))
-    e.put(node, k, ways[e.choose(sorted(ways))]())
+    names = sorted(ways) if not e.is_score(x) else [w for w in sorted(ways) if w in AMONG_SCORES]
+    e.put(node, k, ways[e.choose(names)]())
     return True
 
 
