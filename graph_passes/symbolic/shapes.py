@@ -157,10 +157,10 @@ def _expand(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
         raise Stuck(node, "the shape it is given cannot be followed")
     rank = max(len(source), len(given))
     padded = (const(1),) * (rank - len(source)) + source
+    given = (const(1),) * (rank - len(given)) + given
     # What is not followed is 1 or the length that is there already, unless that is 1.
     wanted = [
-        n if n is not None else padded[i] if (padded[i].value or 0) > 1 else sg.open_length(node.outputs[0], i)
-        for i, n in enumerate(given, rank - len(given))
+        n if n is not None else padded[i] if (padded[i].value or 0) > 1 else sg.open_length(node.outputs[0], i) for i, n in enumerate(given)
     ]
     # n entries can be expanded to n + m only if m = 0 or n = 1: the result has n + m.
     shorter = tuple(const(1) if n != wanted[i] and is_nonnegative(wanted[i] - n) else n for i, n in enumerate(padded))

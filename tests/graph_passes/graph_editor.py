@@ -205,7 +205,7 @@ class Editor:
                 return True
             if node is not None and node is not core.product and at not in seen and len(seen) < 64:
                 seen.add(at)
-                edge += [i for i in node.input if node.op_type in ("Softmax", "Where") or self._leads_to_product(i)]
+                edge += [i for i in node.input if node.op_type in ("Softmax", "Where") or self.leads_to_product(i)]
         return False
 
     def _back_to_product(self, name: str) -> onnx.NodeProto | None:
@@ -213,16 +213,17 @@ class Editor:
             node = self.maker(name)
             if node is None or node.op_type == "MatMul":
                 return node
-            name = next((i for i in node.input if self._leads_to_product(i)), "")
+            name = next((i for i in node.input if self.leads_to_product(i)), "")
         return None
 
-    def _leads_to_product(self, name: str, depth: int = _FARTHEST) -> bool:
+    def leads_to_product(self, name: str, depth: int = _FARTHEST) -> bool:
+        """It is made from a product of two computed tensors, as scores are and masks are not."""
         node = self.maker(name)
         if node is None or not depth or node.op_type not in ("MatMul", "Mul", "Div", "Add", "Where", "Cast", "Tanh", "Reshape", "Identity"):
             return False
         if node.op_type == "MatMul":
             return self.array(node.input[1]) is None
-        return any(self._leads_to_product(i, depth - 1) for i in node.input)
+        return any(self.leads_to_product(i, depth - 1) for i in node.input)
 
     def _on_to_product(self, name: str) -> onnx.NodeProto | None:
         for _ in range(_FARTHEST):

@@ -30,6 +30,8 @@ def _scaled(e: Editor) -> tuple[onnx.NodeProto, str, float] | None:
     if node is None or e.dtype(node.output[0]) != FLOAT:
         return None
     c = e.number(node.input[1])
+    if c and abs(c) > 1e6:  # what a mask lowers by: a part of it may be infinite
+        return None
     if c:
         return node, node.input[0], c if node.op_type == "Mul" else 1 / c
     c = e.number(node.input[0]) if node.op_type == "Mul" else None
@@ -465,7 +467,7 @@ def _mask_added(e: Editor) -> tuple[onnx.NodeProto, str, str] | None:
         adder = e.maker(core.softmax.input[0])
         if adder is not None and adder.op_type == "Add" and e.dtype(adder.output[0]) == FLOAT:
             x, mask = adder.input
-            if e._leads_to_product(mask):
+            if e.leads_to_product(mask):
                 x, mask = mask, x
             found.append((adder, x, mask))
     return e.random.choice(found) if found else None

@@ -269,6 +269,7 @@ def integer_operators() -> onnx.ModelProto:
         b.op("Concat", x, grid, axis=0),
         b.op("Split", grid, b.op("Concat", b.const([1]), b.op("Sub", b.dim(x, 1), b.const([1])), axis=0), axis=1, outputs=2),
         b.op("Tile", x, b.const([1, 2])),
+        b.op("Expand", b.op("Unsqueeze", x, b.const([1])), b.op("Concat", b.const([2]), b.dim(x, 1), axis=0)),
         b.op("GatherND", x, b.op("Unsqueeze", b.op("Concat", b.op("Unsqueeze", zero, b.const([0])), b.const([1]), axis=0), b.const([0]))),
         b.op("Size", x),
         b.op("ReduceMax", x, b.const([1])),
@@ -318,3 +319,15 @@ def test_axes_that_a_graph_computes_or_is_given() -> None:
     assert all(length.value is None and length != n for length in sg.known_shape(sg.tensors[open_cut]))
     with pytest.raises(Stuck, match="its bounds cannot be followed"):
         sg.value(sg.tensors[open_cut], (const(0), const(0)))
+
+
+def test_an_expand_to_fewer_axes_keeps_the_others() -> None:
+    b = Builder()
+    x = b.input("x", ["n", 1, 4])
+    outs = [b.op("Expand", x, b.const([1])), b.op("Expand", x, b.const([3, 4])), b.op("Expand", x, b.dim(x, 0))]
+    for out in outs:
+        b.output(out, rank=3)
+    sg = SymbolicGraph(gs.import_onnx(b.model()))
+    n = Dim_poly("n")
+    assert [sg.shape(sg.tensors[t]) for t in outs[:2]] == [(n, const(1), const(4)), (n, const(3), const(4))]
+    assert [x.value for x in sg.known_shape(sg.tensors[outs[2]])] == [None, 1, 4]
