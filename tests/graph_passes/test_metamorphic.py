@@ -195,7 +195,8 @@ def test_other_meanings(tmp_path: Path) -> None:
             if reason:
                 assert node not in found, "it is rewritten"
                 assert any(re.search(reason, r) for r in reasons), reasons
-            if reason and finite(expected) and name not in UNSEEN:
+            unseen = name in UNSEEN or (name == "top left" and expected[-1] is None)  # without a past it is lower right
+            if reason and finite(expected) and not unseen:
                 assert difference(original, expected) > 1e-5, "nothing changed"
             if found and finite(expected):
                 rewrite(path, out, EXACT, force=True)
