@@ -12,14 +12,15 @@ values. On the way back:
 5. `Reshape`, `Squeeze` and `Unsqueeze` of the axes in front of rows and keys.
 
 On the way forward: casts, `Identity`, reshapes, and `Where(c, x, p)` for a condition c that no probability meets: the NaN guard
-`Where(IsNaN(p), 0, p)`, and infinities; and a mask that makes probabilities 0 (`Where`, `Mul`) which are 0 already. Q, K and V are opaque tensors. Any other node, any other consumer and a graph output on the way decline the site with the reason.
+`Where(IsNaN(p), 0, p)`, and infinities; and a mask that makes probabilities 0 (`Where`, `Mul`) which are 0 already. Q, K and V are
+opaque tensors. Any other node, any other consumer and a graph output on the way decline the site with the reason.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -36,6 +37,11 @@ _REASONS = {
     "Einsum": "its scores are an Einsum that is not one product of queries and keys.",
 }
 _WEIGHTED = "its scores are a product with a stored weight, not of queries and keys (a router, a classifier, or heads that are mixed)."
+_LOWEST = {
+    onnx.TensorProto.FLOAT16: -65504.0,
+    onnx.TensorProto.BFLOAT16: -(2 - 2**-7) * 2.0**127,
+    onnx.TensorProto.FLOAT: -(2 - 2**-23) * 2.0**127,
+}
 _RESHAPES = op_names("Reshape Squeeze Unsqueeze Flatten")
 
 
@@ -190,14 +196,15 @@ def _step_back(sg: SymbolicGraph, node: gs.Node, core: Core) -> gs.Tensor:
     if _is_shift(sg, node):
         core.between.append(node.inputs[1].inputs[0])
         return node.inputs[0]
+    unclamped = _unclamped(sg, node)
+    if unclamped is not None:
+        return unclamped
     if node.op == "Tanh":
         if core.softcap:
             raise Refusal("its scores go through Tanh twice, which one soft-cap is not.", label(node))
         if not core.factor > 0:
             raise Refusal(f"the Tanh of its scores is multiplied by {core.factor:g}; a soft-cap > 0 is needed.", label(node))
         core.softcap, core.factor = core.factor, 1.0
-        return node.inputs[0]
-    if _is_lowest_bound(sg, node):
         return node.inputs[0]
     if core.softcap and node.op in ("Add", "Sub", "Where"):
         raise Refusal("its mask is applied before the soft-cap, which would cap it too; the operator masks after it.", label(node))
@@ -222,6 +229,20 @@ def _step_back(sg: SymbolicGraph, node: gs.Node, core: Core) -> gs.Tensor:
     raise Refusal(f"{label(node).split()[0]} between the scores and Softmax is not part of full attention.", label(node))
 
 
+def _unclamped(sg: SymbolicGraph, node: gs.Node) -> gs.Tensor | None:
+    """x of `Max(x, c)` or `Clip(x, c)` with c not above the lowest number: only -inf, which removes a score, becomes c, which does so too."""
+    if node.op not in ("Max", "Clip") or len(node.inputs) < 2:
+        return None
+    lowest = _LOWEST.get(sg.dtype(node.outputs[0]) or 0, -math.inf)
+    present = [t for t in node.inputs if t.name]
+    numbers = [sg.scalar(t) for t in present]
+    kept = [t for t, c in zip(present, numbers, strict=True) if c is None]
+    if len(present) != 2 or len(kept) != 1 or (node.op == "Clip" and (kept[0] is not node.inputs[0] or not node.inputs[1].name)):
+        return None
+    (bound,) = (c for c in numbers if c is not None)
+    return kept[0] if bound <= lowest else None
+
+
 def _is_shift(sg: SymbolicGraph, node: gs.Node) -> bool:
     """`x - ReduceMax(x)` over the keys."""
     if node.op != "Sub":
@@ -232,17 +253,6 @@ def _is_shift(sg: SymbolicGraph, node: gs.Node) -> bool:
         return False
     axes = by.attrs.get("axes") or (sg.constant_integers(by.inputs[1]) if len(by.inputs) > 1 else None)
     return axes is not None and [int(a) for a in axes] in ([-1], [len(sg.known_shape(scores)) - 1])
-
-
-def _is_lowest_bound(sg: SymbolicGraph, node: gs.Node) -> bool:
-    """`Max(x, c)` or `Clip(x, c)` for c the least number of the type, or less."""
-    if node.op not in ("Max", "Clip") or not 1 < len(node.inputs) <= (2 if node.op == "Max" else 3) or not node.inputs[1].name:
-        return False
-    if len(node.inputs) == 3 and node.inputs[2].name:
-        return False
-    bound, dtype = sg.scalar(node.inputs[1]), sg.dtype(node.inputs[0])
-    least = {onnx.TensorProto.FLOAT16: -65504.0, onnx.TensorProto.FLOAT: float(np.finfo(np.float32).min)}
-    return bound is not None and dtype in least and bound <= least[dtype]
 
 
 def _scores_and_mask(sg: SymbolicGraph, node: gs.Node) -> tuple[gs.Tensor, gs.Tensor]:
@@ -290,7 +300,7 @@ def _forward(sg: SymbolicGraph, softmax: gs.Node, terms: list[MaskTerm]) -> tupl
     passed: list[gs.Node] = []
     held = [tensor]
     while True:
-        readers = [n for n in tensor.outputs if n.op != "Shape"]
+        readers = sg.readers(tensor)
         guard = _guard(sg, tensor, held)
         if guard:
             passed += guard
@@ -339,18 +349,19 @@ def _training(sg: SymbolicGraph, node: gs.Node) -> bool:
 
 
 def _guard(sg: SymbolicGraph, tensor: gs.Tensor, held: list[gs.Tensor]) -> list[gs.Node]:
-    """The nodes of `Where(c, x, p)`, the Where last, when no probability meets c: c is IsInf(p), perhaps and something else, or IsNaN(p)
-    with x = 0 (what is left of a row without keys). Empty when there is none.
+    """The nodes of `Where(c, x, p)`, or `Where(Not(c), p, x)`, the Where last, when no probability meets c: c is IsInf(p), perhaps and
+    something else, or IsNaN(p) with x = 0 (what is left of a row without keys). Empty when there is none.
 
     Args:
         tensor: p.
         held: the tensors that hold the probabilities so far, p among them; c may ask any of them.
     """
-    where = next((n for n in tensor.outputs if n.op == "Where" and n.inputs[2] is tensor and tensor not in n.inputs[:2]), None)
-    if where is None:
+    where = next((n for n in sg.readers(tensor) if n.op == "Where" and sum(t is tensor for t in n.inputs) == 1), None)
+    if where is None or where.inputs[0] is tensor:
         return []
-    test = _impossible(where.inputs[0], held)
-    if test is None or (test.op == "IsNaN" and sg.scalar(where.inputs[1]) != 0):
+    other, when = (where.inputs[1], True) if where.inputs[2] is tensor else (where.inputs[2], False)
+    test = _impossible(where.inputs[0], held, when)
+    if test is None or (test.op == "IsNaN" and sg.scalar(other) != 0):
         return []
     nodes, stack = [where], [where.inputs[0]]
     while stack:
@@ -361,21 +372,22 @@ def _guard(sg: SymbolicGraph, tensor: gs.Tensor, held: list[gs.Tensor]) -> list[
     return nodes[::-1]
 
 
-_OF_A_GUARD = op_names("IsNaN IsInf And Cast Greater Less Equal")
+_OF_A_GUARD = op_names("IsNaN IsInf And Or Not Cast Identity Greater Less Equal")
 
 
-def _impossible(condition: gs.Tensor, held: list[gs.Tensor]) -> gs.Node | None:
-    """The IsInf or IsNaN of the probabilities, without which a condition does not hold."""
+def _impossible(condition: gs.Tensor, held: list[gs.Tensor], when: bool) -> gs.Node | None:
+    """The IsInf or IsNaN of the probabilities, without which a condition is not `when`."""
     node = producer(condition)
     if node is None or not is_standard(node):
         return None
-    if node.op in ("IsNaN", "IsInf"):
+    if node.op in ("IsNaN", "IsInf") and when:
         asked = node.inputs[0]
         while (wider := producer(asked)) is not None and wider.op == "Cast" and all(asked is not h for h in held):
             asked = wider.inputs[0]
         return node if any(asked is h for h in held) else None
-    if node.op in ("And", "Cast"):
-        return next((found for t in node.inputs if (found := _impossible(t, held)) is not None), None)
+    if node.op in ("Cast", "Identity", "Not", "And" if when else "Or"):
+        turned = when != (node.op == "Not")
+        return next((found for t in node.inputs if (found := _impossible(t, held, turned)) is not None), None)
     return None
 
 
@@ -386,7 +398,7 @@ def _refuse_other_readers(sg: SymbolicGraph, core: Core) -> None:
         for tensor in node.outputs:
             if tensor.name in sg.outputs:
                 raise Refusal(f"{tensor.name}, inside the attention, is an output of the graph (output_attentions).", label(node))
-            other = next((n for n in tensor.outputs if id(n) not in inside and n.op != "Shape"), None)
+            other = next((n for n in sg.readers(tensor) if id(n) not in inside), None)
             if other is not None and other.op == "ReduceLogSumExp":
                 raise Refusal(f"the sum of its exponentials is also used by itself, by {label(other)} (an attention sink).", label(other))
             if other is not None:

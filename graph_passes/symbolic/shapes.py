@@ -54,7 +54,7 @@ def broadcast(sg: SymbolicGraph, node: gs.Node, shapes: list[Shape], *, repeats:
     """The common shape; a length that cannot be told (two different open ones) is left open.
 
     Args:
-        repeats: the operator is there to repeat (Expand); elsewhere different open lengths are likely to be equal, and noted.
+        repeats: the operator is there to repeat (Expand); elsewhere different open lengths are likely to be equal.
     """
     rank = max(len(s) for s in shapes)
     out: list[Poly] = []
@@ -69,8 +69,8 @@ def broadcast(sg: SymbolicGraph, node: gs.Node, shapes: list[Shape], *, repeats:
         if fixed or len(lengths) < 2:
             out.append((fixed or lengths or [const(1)])[0])
         else:
-            for other in [] if repeats else lengths[1:]:
-                sg.equal(lengths[0], other, certain=False)
+            for other in lengths[1:]:
+                sg.equal(lengths[0], other, certain=False, repeats=repeats)
             out.append(sg.open_length(node.outputs[0], axis, repeated=True))
     return tuple(out)
 
@@ -111,11 +111,19 @@ def _elementwise(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     return [broadcast(sg, node, [sg.known_shape(t, node) for t in node.inputs])]
 
 
+def _require_equal(sg: SymbolicGraph, node: gs.Node, left: Poly, right: Poly) -> None:
+    """Two lengths that an operator requires to be equal. Of two numbers that are not, nothing follows: a runtime may still run the node
+    (ONNX Runtime joins an empty tensor to one of any width), and what it makes is not what the file declares."""
+    if left.value is not None and right.value is not None and left != right:
+        raise Stuck(node, f"its inputs have the lengths {left} and {right} where equal ones are required")
+    sg.equal(left, right, certain=True)
+
+
 def _matmul(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     a, b = (sg.known_shape(t, node) for t in node.inputs[:2])
     if len(a) < 2 or len(b) < 2:
         raise Stuck(node, "a product with a vector is not followed")
-    sg.equal(a[-1], b[-2], certain=True)
+    _require_equal(sg, node, a[-1], b[-2])
     return [(*broadcast(sg, node, [a[:-2], b[:-2]]), a[-2], b[-1])]
 
 
@@ -149,10 +157,10 @@ def _expand(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
         raise Stuck(node, "the shape it is given cannot be followed")
     rank = max(len(source), len(given))
     padded = (const(1),) * (rank - len(source)) + source
+    given = (const(1),) * (rank - len(given)) + given
     # What is not followed is 1 or the length that is there already, unless that is 1.
     wanted = [
-        n if n is not None else padded[i] if (padded[i].value or 0) > 1 else sg.open_length(node.outputs[0], i)
-        for i, n in enumerate(given, rank - len(given))
+        n if n is not None else padded[i] if (padded[i].value or 0) > 1 else sg.open_length(node.outputs[0], i) for i, n in enumerate(given)
     ]
     # n entries can be expanded to n + m only if m = 0 or n = 1: the result has n + m.
     shorter = tuple(const(1) if n != wanted[i] and is_nonnegative(wanted[i] - n) else n for i, n in enumerate(padded))
@@ -166,7 +174,7 @@ def _concat(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     for part in parts[1:]:
         for k, (first, other) in enumerate(zip(parts[0], part, strict=True)):
             if k != axis:
-                sg.equal(first, other, certain=True)
+                _require_equal(sg, node, first, other)
     return [tuple(total if i == axis else n for i, n in enumerate(parts[0]))]
 
 

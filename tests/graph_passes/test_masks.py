@@ -114,8 +114,8 @@ def joined(b: Builder, t: Tensors) -> str:
     return b.op("And", b.op("Unsqueeze", b.op("Cast", both, to=TensorProto.BOOL), b.const([0, 1])), builder.padding(b, t))
 
 
-def before_or_at(b: Builder, t: Tensors) -> str:
-    """Two comparisons that make causality together."""
+def earlier_or_own(b: Builder, t: Tensors) -> str:
+    """The comparisons are of one integer: of `kv < q`, `kv == q` and `kv > q` just one holds."""
     kv, q = builder.positions(b, t)
     return b.op("And", b.op("Or", b.op("Less", kv, q), b.op("Equal", kv, q)), builder.padding(b, t))
 
@@ -126,11 +126,17 @@ def first_key_too(b: Builder, t: Tensors) -> str:
     return b.op("And", b.op("Or", builder.causal(b, t), b.op("Equal", kv, b.const(0))), builder.padding(b, t))
 
 
+def the_later_is_the_row(b: Builder, t: Tensors) -> str:
+    kv, q = builder.positions(b, t)
+    return b.op("And", b.op("Equal", b.op("Max", kv, q), q), builder.padding(b, t))
+
+
 GOOD = {
     "cumulated, in real numbers": (cumulated_reals, Spelling()),
     "joined of past and square": (joined, Spelling()),
-    "before or at": (before_or_at, Spelling()),
     "first key too": (first_key_too, Spelling()),
+    "earlier or own": (earlier_or_own, Spelling()),
+    "the later is the row": (the_later_is_the_row, Spelling()),
     "folded": (folded(), STATIC),
     "folded, as infinities": (folded(), replace(STATIC, mask_as="add_inf")),
     "buffer": (buffer, STATIC),

@@ -133,6 +133,27 @@ def _nan_to_num(b: Builder, p: str) -> str:
     return p
 
 
+def _guarded_by_what_is_a_number(b: Builder, p: str) -> str:
+    return b.op("Where", b.op("Not", b.op("IsNaN", p)), p, b.const(0.0, np.float32))
+
+
+def _bounded_twice(b: Builder, x: str) -> str:
+    return b.op("Clip", b.op("Max", b.const(LOWEST, np.float32), x), b.const(LOWEST, np.float32))
+
+
+def _read_for_nothing(b: Builder, x: str) -> str:
+    """By a node that no output depends on."""
+    b.op("Relu", x)
+    return x
+
+
+def _share_by_reciprocal(b: Builder, p: str) -> str:
+    """exp(x - max) * (1 / sum)."""
+    scores = b.nodes.pop().input[0]
+    e = b.op("Exp", b.op("Sub", scores, b.op("ReduceMax", scores, b.const([-1]))))
+    return b.op("Mul", b.op("Reciprocal", b.op("ReduceSum", e, b.const([-1]))), e)
+
+
 def _log_softmax(b: Builder, p: str) -> str:
     scores = b.nodes.pop().input[0]
     return b.op("Exp", b.op("LogSoftmax", scores, axis=-1))
@@ -154,9 +175,11 @@ def _zeroed_again(b: Builder, p: str) -> str:
 CHANGES = {
     "probabilities made 0 again": ("probabilities", _zeroed_again),
     "made 0 before they are removed": ("scores", _multiplied),
-    "bounded by the lowest number": ("masked", lambda b, x: b.op("Max", x, b.const(LOWEST, np.float32))),
-    "clipped at the lowest number": ("masked", lambda b, x: b.op("Clip", x, b.const(LOWEST, np.float32))),
+    "bounded by the lowest number": ("masked", _bounded_twice),
     "nan_to_num": ("probabilities", _nan_to_num),
+    "guarded by what is a number": ("probabilities", _guarded_by_what_is_a_number),
+    "read for nothing": ("scores", _read_for_nothing),
+    "share by a reciprocal": ("probabilities", _share_by_reciprocal),
     "exponential of LogSoftmax": ("probabilities", _log_softmax),
     "exponential less that of the sum": ("probabilities", _log_sum_exp),
 }
@@ -165,11 +188,13 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_no_attention_is_passed(name: str, tmp_path: Path) -> None:
     where, change = CHANGES[name]
-    _check_equal(builder.attention(change=lambda b, at, x: change(b, x) if at == where else x), tmp_path)
+    out = _check_equal(builder.attention(change=lambda b, at, x: change(b, x) if at == where else x), tmp_path)
+    assert not {"Softmax", "Exp", "IsNaN", "Clip", "Relu"} & {n.op_type for n in onnx.load(out).graph.node}
 
 
-def test_product_that_is_divided_late(tmp_path: Path) -> None:
-    """(e @ v) / sum(e), as attention in blocks is written."""
+@pytest.mark.parametrize("op", ["Div", "Mul"])
+def test_product_that_is_divided_late(op: str, tmp_path: Path) -> None:
+    """(e @ v) / sum(e) or (e @ v) * (1 / sum(e)), as attention in blocks is written."""
     model = builder.attention(Spelling(parts=True))
     nodes = {n.op_type: n for n in model.graph.node if n.op_type in ("Div", "ReduceSum", "Exp")}
     product = next(n for n in model.graph.node if n.op_type == "MatMul" and n.input[0] == nodes["Div"].output[0])
@@ -178,6 +203,11 @@ def test_product_that_is_divided_late(tmp_path: Path) -> None:
     nodes["Div"].input[0], nodes["Div"].output[0] = "undivided", result
     order = [n for n in model.graph.node if n is not nodes["Div"]]
     order.insert(order.index(product) + 1, nodes["Div"])
+    if op == "Mul":
+        nodes["Div"].op_type = "Mul"
+        inverse = onnx.helper.make_node("Reciprocal", [nodes["Div"].input[1]], ["inverse"], "inverse")
+        nodes["Div"].input[1] = "inverse"
+        order.insert(order.index(nodes["Div"]), inverse)
     copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in order]
     del model.graph.node[:]
     model.graph.node.extend(copies)
@@ -218,9 +248,10 @@ def test_einsum_with_the_heads_of_a_group_as_an_axis(equations: tuple[str, str],
     assert np.abs(expected - got).max() < 2e-6
 
 
-def _check_equal(model: onnx.ModelProto, folder: Path) -> None:
-    """The attention is rewritten, and gives what the original gives."""
+def _check_equal(model: onnx.ModelProto, folder: Path) -> Path:
+    """The rewritten model: nothing is declined, and it gives what the original gives."""
     path = running.save(model, folder)
+    assert [d.reason for d in inspect(path).declined] == []
     out, report = running.rewritten(path)
     assert report.rewritten == 1
     for batch, rows, past in LENGTHS:
@@ -229,6 +260,7 @@ def _check_equal(model: onnx.ModelProto, folder: Path) -> None:
             real = running.real_rows(data["attention_mask"], rows)
             expected, got = (running.Session(p)(data)["result"] for p in (path, out))
             assert running.largest_difference(expected, got, real) < 2e-6
+    return out
 
 
 def test_dropout_of_inference_is_passed(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Softmax in parts, as one Softmax of x over the summed axis:
 
-1. `e / ReduceSum(e)` with `e = Exp(x)`;
-2. `(e @ v) / ReduceSum(e)`, where the product is divided instead of the probabilities, for a sum over the last axis;
+1. `e / ReduceSum(e)` or `e * Reciprocal(ReduceSum(e))` with `e = Exp(x)`;
+2. `(e @ v) / ReduceSum(e)`, or that by a Reciprocal, where the product is divided instead of the probabilities, for a sum over the
+   last axis;
 3. `Exp(LogSoftmax(x))` and `Exp(x - ReduceLogSumExp(x))`.
 
 The usual shift by `ReduceMax(x)` stays in x, where softmax does not feel it.
@@ -14,11 +15,11 @@ import onnx_graphsurgeon as gs
 from graph_passes.passes.expand.maker import Maker
 from graph_passes.symbolic.graph import is_standard, producer
 
-__all__ = ["expand_div", "expand_exp"]
+__all__ = ["expand_exp", "expand_share"]
 
 
-def expand_div(m: Maker) -> None:
-    top, bottom = m.needed(*m.inputs(2))
+def expand_share(m: Maker) -> None:
+    top, bottom, inverse = _parts(m)
     product = producer(top)
     divided_late = product is not None and product.op == "MatMul" and is_standard(product)
     exponentials = product.inputs[0] if product is not None and divided_late else top
@@ -31,11 +32,22 @@ def expand_div(m: Maker) -> None:
     if divided_late and product is not None:
         if axis not in (-1, len(m.shape(exponentials)) - 1):
             return
-        _absorb(m, exp, total, product)
+        _absorb(m, exp, total, product, *inverse)
         m.op("MatMul", m.op("Softmax", exp.inputs[0], axis=-1), product.inputs[1], into=m.output(0))
     else:
-        _absorb(m, exp, total)
+        _absorb(m, exp, total, *inverse)
         m.op("Softmax", exp.inputs[0], axis=axis, into=m.output(0))
+
+
+def _parts(m: Maker) -> tuple[gs.Tensor, gs.Tensor, list[gs.Node]]:
+    """What is divided, by what, and the Reciprocal of it if there is one."""
+    left, right = m.needed(*m.inputs(2))
+    if m.node.op == "Mul":
+        for top, factor in ((left, right), (right, left)):
+            inverse = producer(factor)
+            if inverse is not None and inverse.op == "Reciprocal" and is_standard(inverse):
+                return top, inverse.inputs[0], [inverse]
+    return left, right, []
 
 
 def expand_exp(m: Maker) -> None:

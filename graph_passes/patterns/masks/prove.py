@@ -44,6 +44,7 @@ MASKED = -1e4
 every float type."""
 
 _MOST_ATOMS = 12
+_MOST_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -211,15 +212,16 @@ def _split_off_causal(sg: SymbolicGraph, visible: Formula, causal: Formula, grid
         raise Refusal(f"its mask is not the lower-right causal one: it is {shifted}, needed is {causal}.", _origin(sg, shifted, where))
     if any(value and not _holds(causal, facts) for facts, value in rows):
         raise Refusal("its mask is not causal: a row sees keys that come after it (bidirectional, prefix or cross attention).", where)
-    table: dict[tuple[bool, ...], tuple[bool, dict[Atom, bool]]] = {}
+    table: dict[tuple[bool, ...], dict[bool, list[dict[Atom, bool]]]] = {}
     for facts, value in rows:
-        if not _holds(causal, facts):
-            continue
-        other_value, other = table.setdefault(tuple(facts[a] for a in on_keys), (value, facts))
-        if value != other_value:
-            atom = next(a for a in found if facts[a] != other[a])
-            raise Refusal(_explain(atom, causal, grid, seen_if=facts[atom] == value), _origin(sg, atom, where))
-    keys = {row: value for row, (value, _) in table.items()}
+        if _holds(causal, facts):
+            table.setdefault(tuple(facts[a] for a in on_keys), {}).setdefault(value, []).append(facts)
+    keys: dict[tuple[bool, ...], bool] = {}
+    for row, by_value in table.items():
+        if len(by_value) == 2:
+            atom, seen_if = _closest_difference(found, by_value[True], by_value[False])
+            raise Refusal(_explain(atom, causal, grid, seen_if), _origin(sg, atom, where))
+        keys[row] = next(iter(by_value))
     if all(keys.values()):
         return None
     if not any(keys.values()):
@@ -230,6 +232,17 @@ def _split_off_causal(sg: SymbolicGraph, visible: Formula, causal: Formula, grid
 def _refuse_too_many(found: tuple[Atom, ...], node: gs.Node | None) -> None:
     if len(found) > _MOST_ATOMS:
         raise Refusal(f"its mask has {len(found)} separate conditions; at most {_MOST_ATOMS} are looked at together.", label(node))
+
+
+def _closest_difference(found: tuple[Atom, ...], seen: list[dict[Atom, bool]], hidden: list[dict[Atom, bool]]) -> tuple[Atom, bool]:
+    """A comparison that decides whether a key is seen, and its truth where it is: of two cases that differ in as few as possible."""
+
+    def differing(pair: tuple[dict[Atom, bool], dict[Atom, bool]]) -> list[Atom]:
+        return [a for a in found if pair[0][a] != pair[1][a]]
+
+    pair = min(product(seen[:_MOST_COMPARED], hidden[:_MOST_COMPARED]), key=lambda p: len(differing(p)))
+    atom = differing(pair)[0]
+    return atom, pair[0][atom]
 
 
 def _beyond(atom: Atom, grid: Grid) -> Poly:
@@ -281,23 +294,36 @@ def _matters(atom: Atom, rows: list[tuple[dict[Atom, bool], bool]]) -> bool:
 
 
 def _assignments(found: tuple[Atom, ...], causal: Formula) -> Iterator[dict[Atom, bool]]:
-    """All truths of the comparisons that can hold together, as far as pairs of them tell."""
+    """All truths of the comparisons that can hold together, as far as it can be told from those of one integer with different
+    numbers, and from pairs of others."""
     everything = list(found)
     if not isinstance(causal, bool) and causal not in found and isinstance(causal, (LessEqual, Equal)):
         everything.append(causal)
     rules = [rule for a, b in combinations(everything, 2) for rule in (*_implied(a, b), *_implied(b, a))]
-    split = [
-        (e, a, b)
-        for e in everything
-        if isinstance(e, Equal)
-        for sign in (1, -1)
-        for a, b in [(LessEqual(e.poly * sign), LessEqual(e.poly * sign + 1))]
-        if a in everything and b in everything
-    ]
-    for truths in product((False, True), repeat=len(everything)):
-        facts = dict(zip(everything, truths, strict=True))
-        if all(facts[b] == then for a, b, then in rules if facts[a]) and all(facts[e] == (facts[a] and not facts[b]) for e, a, b in split):
+    groups: dict[Poly, list[tuple[Atom, int, int]]] = {}
+    for atom in everything:
+        offset = dict(atom.poly.terms).get((), 0)
+        integer = atom.poly - offset
+        sign = 1 if not integer.terms or integer.terms[0][1] > 0 else -1
+        groups.setdefault(integer * sign, []).append((atom, sign, offset))
+    for truths in product(*map(_truths_of_one_integer, groups.values())):
+        facts = {
+            atom: truth
+            for group, part in zip(groups.values(), truths, strict=True)
+            for (atom, _, _), truth in zip(group, part, strict=True)
+        }
+        if all(facts[b] == then for a, b, then in rules if facts[a]):
             yield facts
+
+
+def _truths_of_one_integer(group: list[tuple[Atom, int, int]]) -> list[tuple[bool, ...]]:
+    """The truths that comparisons `sign * x + offset` <= 0 or == 0 take together for some integer x."""
+    changes = {-sign * offset + step for _, sign, offset in group for step in (-1, 0, 1)}
+
+    def holds(atom: Atom, value: int) -> bool:
+        return value <= 0 if isinstance(atom, LessEqual) else value == 0
+
+    return list(dict.fromkeys(tuple(holds(atom, sign * x + offset) for atom, sign, offset in group) for x in sorted(changes)))
 
 
 def _implied(a: Atom, b: Atom) -> Iterator[tuple[Atom, Atom, bool]]:
