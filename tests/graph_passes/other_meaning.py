@@ -282,22 +282,24 @@ def masked_operator(e: Editor, node: onnx.NodeProto, condition: Condition) -> bo
     return True
 
 
+_NO_NUMBER = r"neither one constant number nor part of a mask of 0 and 1"
+
 OTHER: dict[str, tuple[Change, str]] = {
     **{name: (_seen(condition), reason) for name, (condition, reason) in CONDITIONS.items()},
     "window of all heads but one": (_seen(_window_of_some_heads), r"sliding window|depends on the values of .*const"),
     "lowered by 5": (_seen(_window, fill=-5.0), r"neither keeps a score|does not remove them"),
     "scores above a threshold": (_by_score, r"of which nothing is proved|is also read by Greater"),
     "prefix": (_prefix, r"not causal"),
-    "scale of the data": (_scaled(_of_the_data), r"Mul between the scores and Softmax"),
-    "scale of each head": (_scaled(_of_each_head), r"Mul between the scores and Softmax"),
-    "scale of each row": (_scaled(_of_each_row), r"Mul between the scores and Softmax"),
+    "scale of the data": (_scaled(_of_the_data), _NO_NUMBER + r"|is also read by ReduceMean"),
+    "scale of each head": (_scaled(_of_each_head), _NO_NUMBER),
+    "scale of each row": (_scaled(_of_each_row), _NO_NUMBER),
     "negative scale": (_scaled(lambda e, node, x: e.const(-1.0, np.float32)), r"a factor > 0 is needed"),
     "tiny bias": (_biased(_tiny), r"not a mask of 0 and -inf but a bias"),
     "bias by distance": (_biased(_by_distance), r"not a mask of 0 and -inf but a bias"),
     "half hidden": (_biased(_half_hidden), r"neither keeps a score"),
     "softmax over rows": (_over_rows, r"not over the keys"),
-    "mask after softmax": (_after_softmax(_mask_of_probabilities), r"probabilities go through Mul"),
-    "nine tenths of the probabilities": (_after_softmax(_nine_tenths), r"probabilities go through Mul"),
+    "mask after softmax": (_after_softmax(_mask_of_probabilities), r"makes some of them 0 that the mask of its scores keeps"),
+    "nine tenths of the probabilities": (_after_softmax(_nine_tenths), _NO_NUMBER),
     "sink": (_column_joined, r"attention sink"),
     "softmax twice": (_twice, r"Softmax"),
     "soft-cap of masked scores": (_capped(3.0, 3.0, masked=True), r"mask is applied before the soft-cap"),
