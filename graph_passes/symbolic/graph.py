@@ -21,7 +21,7 @@ from graph_passes.symbolic.equations import Equation, solve, substituted
 from graph_passes.symbolic.logic import Atom, Value
 from graph_passes.symbolic.poly import Dim, Load, Poly, Symbol, const, poly
 
-__all__ = ["CORE_DOMAIN", "MALFORMED", "Either", "Shape", "Stuck", "SymbolicGraph", "is_standard", "op_names"]
+__all__ = ["CORE_DOMAIN", "MALFORMED", "Contradiction", "Either", "Shape", "Stuck", "SymbolicGraph", "is_standard", "op_names"]
 
 Shape = tuple[Poly, ...]
 
@@ -52,6 +52,10 @@ class Stuck(Exception):
         super().__init__(why)
         self.node = node
         self.why = why
+
+
+class Contradiction(Stuck):
+    """The graph contradicts itself; nothing that it declares of the result is to be relied on."""
 
 
 class Either(Stuck):
@@ -335,6 +339,10 @@ class SymbolicGraph:
                 for i, (inferred, n) in enumerate(zip(shape, declared, strict=True))
             )
         self._shapes[tensor.name] = shape
+
+    def forget_shape(self, tensor: gs.Tensor) -> None:
+        """Leaves a shape unknown, whatever is declared."""
+        self._shapes[tensor.name] = None
 
     def set_dtype(self, tensor: gs.Tensor, dtype: int | None) -> None:
         self._dtypes[tensor.name] = dtype if dtype is not None else element_type(tensor)

@@ -12,7 +12,17 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.symbolic.arguments import axes_of, axis_of, reshape_target, shape_window, slices, split_sizes, squeezed_axes, unclamped
-from graph_passes.symbolic.graph import CORE_DOMAIN, MALFORMED, Shape, Stuck, SymbolicGraph, element_type, is_standard, op_names
+from graph_passes.symbolic.graph import (
+    CORE_DOMAIN,
+    MALFORMED,
+    Contradiction,
+    Shape,
+    Stuck,
+    SymbolicGraph,
+    element_type,
+    is_standard,
+    op_names,
+)
 from graph_passes.symbolic.poly import Load, Poly, const, is_nonnegative, product
 
 __all__ = ["broadcast", "infer"]
@@ -39,14 +49,20 @@ def infer(sg: SymbolicGraph, node: gs.Node) -> None:
     known = is_standard(node) or node.op in ("SimplifiedLayerNormalization", "SampleAttention")
     rule = _rule(node.op) if known else _MICROSOFT_RULES.get(node.op) if node.domain == "com.microsoft" else None
     found: list[Shape | None] = []
+    contradicted = False
     if rule is not None:
         try:
             found = rule(sg, node)
+        except Contradiction:
+            contradicted = True
         except (Stuck, *MALFORMED):  # a malformed graph is refused by the checker; here its shape only stays unknown
             found = []
     for i, out in enumerate(node.outputs):
         if out.name:
-            sg.set_shape(out, found[i] if i < len(found) else None)
+            if contradicted:
+                sg.forget_shape(out)
+            else:
+                sg.set_shape(out, found[i] if i < len(found) else None)
             sg.set_dtype(out, _dtype(sg, node) if i == 0 or node.op == "Split" else None)
 
 
@@ -115,7 +131,7 @@ def _require_equal(sg: SymbolicGraph, node: gs.Node, left: Poly, right: Poly) ->
     """Two lengths that an operator requires to be equal. Of two numbers that are not, nothing follows: a runtime may still run the node
     (ONNX Runtime joins an empty tensor to one of any width), and what it makes is not what the file declares."""
     if left.value is not None and right.value is not None and left != right:
-        raise Stuck(node, f"its inputs have the lengths {left} and {right} where equal ones are required")
+        raise Contradiction(node, f"its inputs have the lengths {left} and {right} where equal ones are required")
     sg.equal(left, right, certain=True)
 
 
