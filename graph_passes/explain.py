@@ -124,11 +124,9 @@ def write_cut_out(path: str | Path, explanation: Explanation, out: str | Path, *
         value_info=[wiring.info(o) for o in made if o not in outputs and wiring.knows(o)],
     )
     cut = onnx.helper.make_model(graph, opset_imports=model.opset_import, functions=model.functions, ir_version=model.ir_version)
-    try:
-        onnx.checker.check_model(cut)
-    except onnx.checker.ValidationError as error:
-        first = (str(error).strip() or "no reason given").splitlines()[0]
-        raise GraphError(f"The nodes around {explanation.site.id} cannot stand as a model of their own: {first}") from None
+    complaint = model_io.complaint(cut)
+    if complaint is not None:
+        raise GraphError(f"The nodes around {explanation.site.id} cannot stand as a model of their own: {complaint}")
     model_io.write(cut, out)
 
 
@@ -210,7 +208,7 @@ def _match(wiring: _Wiring, core: onnx.NodeProto, stopped: onnx.NodeProto | None
     def step(node: onnx.NodeProto, role: str) -> Step:
         return Step("stopped" if node is stopped else "found", role, _label(node))
 
-    if core.op_type not in ("Softmax", "Div", "LogSoftmax"):  # an operator that holds the whole attention, or a subgraph
+    if core.op_type not in ("Softmax", "Div", "Mul", "Exp"):  # an operator that holds the whole attention, or a subgraph
         steps, chain = [step(core, "attention in one node")], [core]
     else:
         steps = [step(before[-1], "queries x keys")] if before else [Step("missing", "queries x keys", "")]

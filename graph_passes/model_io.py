@@ -14,7 +14,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from graph_passes import external_data, op
 from graph_passes.errors import GraphError
 
-__all__ = ["check_structure", "drop_import", "export_graph", "import_graph", "load", "write", "write_bytes", "write_text"]
+__all__ = ["check_structure", "complaint", "drop_import", "export_graph", "import_graph", "load", "write", "write_bytes", "write_text"]
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -111,24 +111,26 @@ def drop_import(model: onnx.ModelProto, domain: str) -> None:
 
 
 def check_structure(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
-    """ONNX's checker on everything but the weights, and but operators that the original has in the standard domain without ONNX
-    knowing them (ONNX Runtime's `SimplifiedLayerNormalization`, for example, which its optimiser puts there).
+    """ONNX's checker on everything but the weights (see `complaint`).
 
     Raises:
         GraphError: the checker refuses the model, or refused the original already.
     """
-    foreign = frozenset(n.op_type for n in original.graph.node if n.domain in ("", "ai.onnx") and not onnx.defs.has(n.op_type))
-    found = _complaint(model, foreign)
+    found = complaint(model)
     if found is not None:
-        inherited = _complaint(original, foreign)
+        inherited = complaint(original)
         if inherited is not None:
             raise GraphError(f"The model does not pass ONNX's checker as it is: {inherited}; export it again.")
         raise GraphError(f"The rewritten graph does not pass ONNX's checker: {found}")
 
 
-def _complaint(model: onnx.ModelProto, foreign: frozenset[str] = frozenset()) -> str | None:
-    """What the checker says, an external initializer standing in as a graph input, so that no file is looked at, and foreign
-    operators in a domain of their own."""
+def complaint(model: onnx.ModelProto) -> str | None:
+    """What ONNX's checker says against a model, None when it accepts it.
+
+    An external initializer stands in as a graph input, so that no file is looked at, and operators in the standard domain that ONNX does
+    not know (ONNX Runtime's optimiser puts its `SimplifiedLayerNormalization` there) are passed over.
+    """
+    foreign = {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx") and not onnx.defs.has(n.op_type)}
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     for node in bare.graph.node:

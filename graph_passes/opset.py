@@ -15,9 +15,11 @@ from onnx import version_converter
 
 from graph_passes.errors import GraphError
 
-__all__ = ["LOWEST", "RAISED_TO", "opset_of", "raise_opset"]
+__all__ = ["BODIES", "LOWEST", "RAISED_TO", "opset_of", "raise_opset", "refusal_of"]
 
 LOWEST, RAISED_TO = 11, 18
+BODIES = range(RAISED_TO, 27)
+"""Versions of the standard operators that bodies are written and tested for; ONNX Runtime 1.31 loads nothing newer."""
 
 _CONVERTED = frozenset(
     [
@@ -38,16 +40,26 @@ def opset_of(model: onnx.ModelProto) -> int:
     return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
 
 
+def refusal_of(version: int) -> GraphError:
+    """What is said of a model of an opset that is not one of `BODIES`."""
+    return GraphError(
+        f"The model imports opset {version}; SampleAttention bodies are written for opsets {BODIES[0]} to {BODIES[-1]}, and older ones "
+        f"are raised from {LOWEST} on, so export the model with one of these."
+    )
+
+
 def raise_opset(model: onnx.ModelProto) -> None:
-    """Raises, in place, a model of opset 11 to 17 to 18; others stay as they are. Tensors keep their names, and nodes that the newer
-    opset defines alike are not touched.
+    """Raises, in place, a model of opset 11 to 17 to 18; one of `BODIES` stays as it is. Tensors keep their names, and nodes that the
+    newer opset defines alike are not touched.
 
     Raises:
-        GraphError: the model cannot be raised without changing what it computes; it is then as it was.
+        GraphError: the model is of another opset, or cannot be raised without changing what it computes; it is then as it was.
     """
     version = opset_of(model)
-    if not LOWEST <= version < RAISED_TO:
+    if version in BODIES:
         return
+    if not LOWEST <= version < RAISED_TO:
+        raise refusal_of(version)
     advice = f"export the model again with opset {RAISED_TO} or newer."
     for node in _nodes(model.graph):
         if node.domain in ("", "ai.onnx") and node.op_type in _OTHER and _since(node.op_type, version) != _since(node.op_type, RAISED_TO):

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Opened:
-    """A model, raised to an opset that has bodies unless `not_raised` says why it cannot be, and what was found in it."""
+    """A model, of an opset that has bodies unless `not_raised` says why it cannot be, and what was found in it."""
 
     model: onnx.ModelProto
     not_raised: GraphError | None

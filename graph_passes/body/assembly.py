@@ -26,7 +26,7 @@ def function(policy: str, *, has_mask: bool, softcap: bool, certificate: bool, o
         has_mask: the node has the input `key_mask`.
         softcap: the node's attribute `softcap` is above 0.
         certificate: the node has the output `certificate`.
-        opset: version of the standard operators that the model imports (18 to 24).
+        opset: version of the standard operators that the model imports, one of `opset.BODIES`.
     """
     outputs = op.OUTPUTS[: 1 + certificate]
     return _assemble(op.OP_TYPE, policy, has_mask, softcap, outputs, opset)

@@ -10,11 +10,9 @@ from graph_passes import op
 from graph_passes.body.assembly import PROBE_OP_TYPE, PROBE_OUTPUTS, function, probe_function
 from graph_passes.body.guard import GUARD, guard
 from graph_passes.errors import GraphError
+from graph_passes.opset import BODIES, opset_of, refusal_of
 
-__all__ = ["OPSETS", "attach"]
-
-OPSETS = range(18, 25)
-"""Versions of the standard operators that the bodies are written and tested for."""
+__all__ = ["attach"]
 
 _MIN_IR_VERSION = 10  # the first that tells functions apart by `overload`
 
@@ -26,17 +24,14 @@ def attach(model: onnx.ModelProto) -> None:
     the import of the domain, and an IR version that knows overloads. A `guard` stands in front of the operator's bodies.
 
     Raises:
-        GraphError: the model's opset is outside `OPSETS`, or a node does not fit the contract of `op`.
+        GraphError: the model's opset is not one of `opset.BODIES`, or a node does not fit the contract of `op`.
     """
     nodes = [n for n in _nodes(model.graph) if n.domain == op.DOMAIN and n.op_type in (op.OP_TYPE, PROBE_OP_TYPE)]
     if not nodes:
         return
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset not in OPSETS:
-        raise GraphError(
-            f"the model imports opset {opset}; SampleAttention bodies are written for opsets {OPSETS[0]} to {OPSETS[-1]}, "
-            "so export the model (or convert it with onnx.version_converter) to one of these."
-        )
+    opset = opset_of(model)
+    if opset not in BODIES:
+        raise refusal_of(opset)
     bodies: dict[tuple[str, tuple[str, bool, bool, bool]], onnx.FunctionProto] = {}
     for node in nodes:
         variant = _variant_of(node)

@@ -53,7 +53,6 @@ def find(
     declined: list[DeclinedSite] = []
     layers = others = 0
     bodies = {(f.domain, f.name): f for f in functions}
-    live = _live_nodes(sg.graph)
     for node in sg.graph.nodes:
         for pattern, where in _inside(node, families, bodies, ()):
             reason = f"it lies inside of {where}; only the top-level graph is rewritten."
@@ -67,7 +66,7 @@ def find(
         else:
             name, others = f"other.{others}", others + 1
         try:
-            if id(node) not in live:
+            if id(node) not in sg.live:
                 raise Refusal("no output of the graph depends on it.", label(node))
             sites.append(family.site(sg, node, name))
             logger.debug("%s: %s is an attention site", name, label(node))
@@ -76,29 +75,6 @@ def find(
             declined.append(DeclinedSite(name, node.name or node.outputs[0].name, family.pattern(node), reason, stopped_by))
             logger.debug("%s: declined, %s", name, reason)
     return sites, declined
-
-
-def _live_nodes(graph: gs.Graph) -> set[int]:
-    """Ids of the nodes that some output of the graph depends on."""
-    live: set[int] = set()
-    stack: list[gs.Tensor] = list(graph.outputs)
-    while stack:
-        for node in stack.pop().inputs:
-            if id(node) not in live:
-                live.add(id(node))
-                stack += [*node.inputs, *_captured(node)]
-    return live
-
-
-def _captured(node: gs.Node) -> Iterator[gs.Tensor]:
-    """Tensors that the subgraphs of a node read, their own among them."""
-    for value in node.attrs.values():
-        for graph in value if isinstance(value, list) else [value]:
-            if isinstance(graph, gs.Graph):
-                yield from graph.outputs
-                for inner in graph.nodes:
-                    yield from inner.inputs
-                    yield from _captured(inner)
 
 
 def _is_attention(family: Family, sg: SymbolicGraph, node: gs.Node) -> bool:

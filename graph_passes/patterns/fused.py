@@ -105,7 +105,7 @@ def _terms(sg: SymbolicGraph, node: gs.Node, masks: list[gs.Tensor], grid: Grid)
     terms: list[MaskTerm] = []
     for mask in masks:
         shape = sg.known_shape(mask, node)
-        if shape and shape[-1].value != 1 and shape[-1] != grid.keys:
+        if shape and shape[-1] != grid.keys:  # one column too: ONNX fills it up with masked keys, and does not repeat it
             raise Refusal(f"its mask {mask.name} has the length {shape[-1]} where the scores have {grid.keys}.", label(node))
         terms.append(MaskTerm("bool" if sg.dtype(mask) == onnx.TensorProto.BOOL else "add", mask, node))
     if node.attrs["offset"] is not None:

@@ -4,19 +4,24 @@ From each Softmax, back over an allow-list to the one product of queries and key
 values. On the way back:
 
 1. a scalar factor (`Mul`, `Div`), before or after the mask; factors on Q and K count too, all are multiplied into `scale`;
-2. a mask: `Add`, `Sub`, `Where(mask, score, fill)` or `Where(mask, fill, score)`;
+2. a mask: `Add`, `Sub`, `Where(mask, score, fill)` or `Where(mask, fill, score)`; and `Mul(score, mask)` of 0 and 1 in front of one of
+   those that removes what it makes 0;
 3. one `Tanh` before every mask: the soft-cap `c * tanh(x)` with c the factors after it;
-4. float casts (softmax in float32), `Identity`, and the shift `x - ReduceMax(x)`, which softmax does not feel;
+4. float casts (softmax in float32), `Identity`, the shift `x - ReduceMax(x)`, which softmax does not feel, and a lower bound (`Max`,
+   `Clip`) at the least number of the type, which only -inf is below;
 5. `Reshape`, `Squeeze` and `Unsqueeze` of the axes in front of rows and keys.
 
-On the way forward: casts, `Identity`, reshapes, and the NaN guard `Where(IsNaN(p), 0, p)`. Q, K and V are opaque tensors. Any other
-node, any other consumer and a graph output on the way decline the site with the reason.
+On the way forward: casts, `Identity`, reshapes, and `Where(c, x, p)` for a condition c that no probability meets: the NaN guard
+`Where(IsNaN(p), 0, p)`, and infinities; and a mask that makes probabilities 0 (`Where`, `Mul`) which are 0 already. Q, K and V are
+opaque tensors. Any other node, any other consumer and a graph output on the way decline the site with the reason.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
+import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.patterns.axes import Axes, carried, measured
@@ -29,6 +34,13 @@ __all__ = ["Core", "find_core", "is_attention", "matches", "measure", "pattern",
 
 _REASONS = {
     "Concat": "a column is joined to its scores (an attention sink), which full attention does not have.",
+    "Einsum": "its scores are an Einsum that is not one product of queries and keys.",
+}
+_WEIGHTED = "its scores are a product with a stored weight, not of queries and keys (a router, a classifier, or heads that are mixed)."
+_LOWEST = {
+    onnx.TensorProto.FLOAT16: -65504.0,
+    onnx.TensorProto.BFLOAT16: -(2 - 2**-7) * 2.0**127,
+    onnx.TensorProto.FLOAT: -(2 - 2**-23) * 2.0**127,
 }
 _RESHAPES = op_names("Reshape Squeeze Unsqueeze Flatten")
 
@@ -65,11 +77,9 @@ def is_attention(sg: SymbolicGraph, softmax: gs.Node) -> bool:
 def _refuse_what_is_no_attention(sg: SymbolicGraph, softmax: gs.Node) -> None:
     seen: dict[int, gs.Node] = {}
     if _find_product(sg, softmax.inputs[0], seen) is None:
-        weighted = next((n for n in seen.values() if n.op in ("MatMul", "Gemm")), None)
+        weighted = next((n for n in seen.values() if n.op in ("MatMul", "Gemm", "Einsum")), None)
         if weighted is not None:
-            raise Refusal(
-                "its scores are a product with a stored weight, not of queries and keys (a router or a classifier).", label(weighted)
-            )
+            raise Refusal(_WEIGHTED, label(weighted))
         raise Refusal("no product of queries and keys feeds it (a router, a gate or a classifier).", label(softmax))
 
 
@@ -86,7 +96,7 @@ def find_core(sg: SymbolicGraph, softmax: gs.Node) -> Core:
     if axis not in (-1, rank - 1):
         raise Refusal(f"its Softmax runs over axis {axis}, not over the keys (the last axis).", label(softmax))
     core = _back(sg, softmax)
-    output, after = _forward(sg, softmax)
+    output, after = _forward(sg, softmax, core.terms)
     core.output = output
     core.between += [softmax, *after]
     core.path += [softmax, *after]
@@ -164,9 +174,7 @@ def _back(sg: SymbolicGraph, softmax: gs.Node) -> Core:
             raise Refusal(f"no product of queries and keys feeds it: its scores come from {tensor.name}.", label(softmax))
         if node.op == "MatMul" and is_standard(node):
             if any(_is_stored(t) for t in node.inputs):
-                raise Refusal(
-                    "its scores are a product with a stored weight, not of queries and keys (a router or a classifier).", label(node)
-                )
+                raise Refusal(_WEIGHTED, label(node))
             core.scores = node
             core.path.reverse()
             return core
@@ -188,6 +196,9 @@ def _step_back(sg: SymbolicGraph, node: gs.Node, core: Core) -> gs.Tensor:
     if _is_shift(sg, node):
         core.between.append(node.inputs[1].inputs[0])
         return node.inputs[0]
+    unclamped = _unclamped(sg, node)
+    if unclamped is not None:
+        return unclamped
     if node.op == "Tanh":
         if core.softcap:
             raise Refusal("its scores go through Tanh twice, which one soft-cap is not.", label(node))
@@ -197,6 +208,12 @@ def _step_back(sg: SymbolicGraph, node: gs.Node, core: Core) -> gs.Tensor:
         return node.inputs[0]
     if core.softcap and node.op in ("Add", "Sub", "Where"):
         raise Refusal("its mask is applied before the soft-cap, which would cap it too; the operator masks after it.", label(node))
+    if node.op in ("Add", "Sub", "Where") and any(t.how == "multiply" for t in core.terms):
+        raise Refusal("scores that are masked already are multiplied by a mask, which may bring them back.", label(core.terms[-1].node))
+    if node.op == "Mul":
+        scores, mask = _scores_and_mask(sg, node)
+        core.terms.append(MaskTerm("multiply", mask, node))
+        return scores
     if node.op in ("Add", "Sub"):
         scores, mask = _scores_and_mask(sg, node)
         core.terms.append(MaskTerm("add", mask, node, factor=-core.factor if node.op == "Sub" else core.factor))
@@ -209,7 +226,21 @@ def _step_back(sg: SymbolicGraph, node: gs.Node, core: Core) -> gs.Tensor:
         how, fill = ("where", other) if reached[0] is then else ("unless", then)
         core.terms.append(MaskTerm(how, condition, node, fill=fill, factor=core.factor))
         return reached[0]
-    raise Refusal(f"{node.op} between the scores and Softmax is not part of full attention.", label(node))
+    raise Refusal(f"{label(node).split()[0]} between the scores and Softmax is not part of full attention.", label(node))
+
+
+def _unclamped(sg: SymbolicGraph, node: gs.Node) -> gs.Tensor | None:
+    """x of `Max(x, c)` or `Clip(x, c)` with c not above the lowest number: only -inf, which removes a score, becomes c, which does so too."""
+    if node.op not in ("Max", "Clip") or len(node.inputs) < 2:
+        return None
+    lowest = _LOWEST.get(sg.dtype(node.outputs[0]) or 0, -math.inf)
+    present = [t for t in node.inputs if t.name]
+    numbers = [sg.scalar(t) for t in present]
+    kept = [t for t, c in zip(present, numbers, strict=True) if c is None]
+    if len(present) != 2 or len(kept) != 1 or (node.op == "Clip" and (kept[0] is not node.inputs[0] or not node.inputs[1].name)):
+        return None
+    (bound,) = (c for c in numbers if c is not None)
+    return kept[0] if bound <= lowest else None
 
 
 def _is_shift(sg: SymbolicGraph, node: gs.Node) -> bool:
@@ -229,12 +260,15 @@ def _scores_and_mask(sg: SymbolicGraph, node: gs.Node) -> tuple[gs.Tensor, gs.Te
     reaches = [_find_product(sg, t, {}) is not None for t in (left, right)]
     if reaches[0] and (node.op == "Sub" or not reaches[1]):
         return left, right
-    if reaches[1] and not reaches[0] and node.op == "Add":
+    if reaches[1] and not reaches[0] and node.op != "Sub":
         return right, left
     raise Refusal(f"it cannot be told which input of {node.op} holds the scores and which the mask.", label(node))
 
 
-_ON_THE_WAY = op_names("Cast CastLike Identity Add Sub Mul Div Where Tanh Reshape Concat Slice Unsqueeze Squeeze Flatten Neg")
+_ON_THE_WAY = op_names(
+    "Cast CastLike Identity Add Sub Mul Div Where Tanh Reshape Concat Slice Unsqueeze Squeeze Flatten Neg "
+    "Max Min Clip Relu LeakyRelu Sigmoid Softplus Abs Pow Exp Transpose Expand"
+)
 
 
 def _find_product(sg: SymbolicGraph, tensor: gs.Tensor, seen: dict[int, gs.Node]) -> gs.Node | None:
@@ -243,29 +277,35 @@ def _find_product(sg: SymbolicGraph, tensor: gs.Tensor, seen: dict[int, gs.Node]
     if node is None or id(node) in seen:
         return None
     seen[id(node)] = node
-    if node.op in ("MatMul", "FusedMatMul"):
+    if node.op in ("MatMul", "FusedMatMul", "Einsum"):
         return None if any(_is_stored(t) for t in node.inputs) else node
     if node.op not in _ON_THE_WAY or not is_standard(node):
         return None
     return next((found for t in node.inputs if (found := _find_product(sg, t, seen)) is not None), None)
 
 
+_OF_A_WEIGHT = op_names("Transpose Cast Identity DequantizeLinear Unsqueeze Squeeze Reshape")
+
+
 def _is_stored(tensor: gs.Tensor) -> bool:
     node = producer(tensor)
     if node is None:
         return isinstance(tensor, gs.Constant)
-    return node.op == "Constant" or (node.op in ("Transpose", "Cast", "Identity", "DequantizeLinear") and _is_stored(node.inputs[0]))
+    return node.op == "Constant" or (node.op in _OF_A_WEIGHT and _is_stored(node.inputs[0]))
 
 
-def _forward(sg: SymbolicGraph, softmax: gs.Node) -> tuple[gs.Node, list[gs.Node]]:
+def _forward(sg: SymbolicGraph, softmax: gs.Node, terms: list[MaskTerm]) -> tuple[gs.Node, list[gs.Node]]:
+    """The product with the values and the nodes on the way to it; the masks of probabilities there are added to `terms`."""
     tensor = softmax.outputs[0]
     passed: list[gs.Node] = []
+    held = [tensor]
     while True:
-        readers = [n for n in tensor.outputs if n.op != "Shape"]
-        guard = _nan_guard(sg, tensor, readers)
-        if guard is not None:
-            passed += readers
-            tensor = guard.outputs[0]
+        readers = sg.readers(tensor)
+        guard = _guard(sg, tensor, held)
+        if guard:
+            passed += guard
+            tensor = guard[-1].outputs[0]
+            held.append(tensor)
         elif len({id(n) for n in readers}) != 1:
             names = ", ".join(label(n) for n in readers) or "nothing"
             raise Refusal(f"its probabilities are read by {names}; only the product with the values may read them.", label(softmax))
@@ -279,8 +319,25 @@ def _forward(sg: SymbolicGraph, softmax: gs.Node) -> tuple[gs.Node, list[gs.Node
         ):
             passed.append(readers[0])
             tensor = readers[0].outputs[0]
+        elif (masked := _mask_of_probabilities(sg, readers[0], tensor)) is not None:
+            terms.append(masked)
+            passed.append(readers[0])
+            tensor = readers[0].outputs[0]
         else:
-            raise Refusal(f"its probabilities go through {readers[0].op}, which is not part of full attention.", label(readers[0]))
+            name = label(readers[0])
+            raise Refusal(f"its probabilities go through {name.split()[0]}, which is not part of full attention.", name)
+
+
+def _mask_of_probabilities(sg: SymbolicGraph, node: gs.Node, tensor: gs.Tensor) -> MaskTerm | None:
+    """`Where(mask, p, 0)`, `Where(mask, 0, p)` or `p * mask`."""
+    if not is_standard(node) or sum(t is tensor for t in node.inputs) != 1:
+        return None
+    if node.op == "Mul":
+        return MaskTerm("multiply", node.inputs[0] if node.inputs[1] is tensor else node.inputs[1], node, after=True)
+    if node.op != "Where" or node.inputs[0] is tensor:
+        return None
+    how, fill = ("where", node.inputs[2]) if node.inputs[1] is tensor else ("unless", node.inputs[1])
+    return MaskTerm(how, node.inputs[0], node, after=True) if sg.scalar(fill) == 0 else None
 
 
 def _training(sg: SymbolicGraph, node: gs.Node) -> bool:
@@ -291,14 +348,47 @@ def _training(sg: SymbolicGraph, node: gs.Node) -> bool:
     return training is None or bool(training.any())
 
 
-def _nan_guard(sg: SymbolicGraph, tensor: gs.Tensor, readers: list[gs.Node]) -> gs.Node | None:
-    """The Where of `Where(IsNaN(p), 0, p)` when `readers` are exactly that."""
-    tests, wheres = ([n for n in readers if n.op == op] for op in ("IsNaN", "Where"))
-    if len(readers) != 2 or len(tests) != 1 or len(wheres) != 1:
+def _guard(sg: SymbolicGraph, tensor: gs.Tensor, held: list[gs.Tensor]) -> list[gs.Node]:
+    """The nodes of `Where(c, x, p)`, or `Where(Not(c), p, x)`, the Where last, when no probability meets c: c is IsInf(p), perhaps and
+    something else, or IsNaN(p) with x = 0 (what is left of a row without keys). Empty when there is none.
+
+    Args:
+        tensor: p.
+        held: the tensors that hold the probabilities so far, p among them; c may ask any of them.
+    """
+    where = next((n for n in sg.readers(tensor) if n.op == "Where" and sum(t is tensor for t in n.inputs) == 1), None)
+    if where is None or where.inputs[0] is tensor:
+        return []
+    other, when = (where.inputs[1], True) if where.inputs[2] is tensor else (where.inputs[2], False)
+    test = _impossible(where.inputs[0], held, when)
+    if test is None or (test.op == "IsNaN" and sg.scalar(other) != 0):
+        return []
+    nodes, stack = [where], [where.inputs[0]]
+    while stack:
+        node = producer(stack.pop())
+        if node is not None and all(node is not n for n in nodes) and node.op in _OF_A_GUARD:
+            nodes.append(node)
+            stack += [t for t in node.inputs if all(t is not h for h in held)]
+    return nodes[::-1]
+
+
+_OF_A_GUARD = op_names("IsNaN IsInf And Or Not Cast Identity Greater Less Equal")
+
+
+def _impossible(condition: gs.Tensor, held: list[gs.Tensor], when: bool) -> gs.Node | None:
+    """The IsInf or IsNaN of the probabilities, without which a condition is not `when`."""
+    node = producer(condition)
+    if node is None or not is_standard(node):
         return None
-    where, test = wheres[0], tests[0]
-    is_guard = where.inputs[0] is test.outputs[0] and sg.scalar(where.inputs[1]) == 0 and where.inputs[2] is tensor
-    return where if is_guard and len(test.outputs[0].outputs) == 1 else None
+    if node.op in ("IsNaN", "IsInf") and when:
+        asked = node.inputs[0]
+        while (wider := producer(asked)) is not None and wider.op == "Cast" and all(asked is not h for h in held):
+            asked = wider.inputs[0]
+        return node if any(asked is h for h in held) else None
+    if node.op in ("Cast", "Identity", "Not", "And" if when else "Or"):
+        turned = when != (node.op == "Not")
+        return next((found for t in node.inputs if (found := _impossible(t, held, turned)) is not None), None)
+    return None
 
 
 def _refuse_other_readers(sg: SymbolicGraph, core: Core) -> None:
@@ -308,7 +398,9 @@ def _refuse_other_readers(sg: SymbolicGraph, core: Core) -> None:
         for tensor in node.outputs:
             if tensor.name in sg.outputs:
                 raise Refusal(f"{tensor.name}, inside the attention, is an output of the graph (output_attentions).", label(node))
-            other = next((n for n in tensor.outputs if id(n) not in inside and n.op != "Shape"), None)
+            other = next((n for n in sg.readers(tensor) if id(n) not in inside), None)
+            if other is not None and other.op == "ReduceLogSumExp":
+                raise Refusal(f"the sum of its exponentials is also used by itself, by {label(other)} (an attention sink).", label(other))
             if other is not None:
                 raise Refusal(f"{tensor.name}, inside the attention, is also read by {label(other)}.", label(other))
 

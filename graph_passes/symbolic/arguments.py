@@ -69,15 +69,16 @@ def slices(sg: SymbolicGraph, node: gs.Node) -> dict[int, tuple[Poly, Poly, int]
     if len(node.inputs) < 3:
         raise Stuck(node, "a Slice with attributes (opset < 10) is not followed")
     starts, ends = sg.integers(node.inputs[1]), sg.integers(node.inputs[2])
-    axes = sg.constant_integers(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3].name else None
-    steps = sg.constant_integers(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4].name else None
-    if starts is None or ends is None:
-        raise Stuck(node, "its bounds cannot be followed")
+    axes, steps = (
+        sg.constant_integers(node.inputs[i]) if len(node.inputs) > i and node.inputs[i].name else default
+        for i, default in ((3, tuple(range(len(source)))), (4, (1,) * len(source)))
+    )
+    if starts is None or ends is None or axes is None or steps is None:
+        raise Stuck(node, "the bounds of its Slice are not known")
     out: dict[int, tuple[Poly, Poly, int]] = {}
     for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        axis = axes[k] if axes else k
-        axis += len(source) if axis < 0 else 0
-        step = steps[k] if steps else 1
+        axis = axes[k] + (len(source) if axes[k] < 0 else 0)
+        step = steps[k]
         out[axis] = (*_bounds(sg, node, axis, source[axis], start, end, step), step)
     return out
 
@@ -91,7 +92,9 @@ def _bounds(sg: SymbolicGraph, node: gs.Node, axis: int, length: Poly, start: Po
         return first, last - first
     if step == 1 and first.value == 0 and is_nonnegative(last) and (length.value or 0) > 1:
         return first, poly(Clamped(last, length.value or 0))
-    return first, sg.open_length(node.outputs[0], axis)
+    # A few entries of an axis of open length: they meet a longer axis by being repeated, and are never taken to be as many.
+    few = (last - first).value is not None
+    return first, sg.open_length(node.outputs[0], axis, repeated=few)
 
 
 def _position(p: Poly, length: Poly) -> Poly:

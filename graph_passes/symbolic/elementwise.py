@@ -85,7 +85,7 @@ def _both_real(a: Value, b: Value, op: Callable[[float, float], float]) -> float
 
 
 def _inverted(sg: SymbolicGraph, node: gs.Node, index: Shape) -> Value | None:
-    """`1 - m` of an integer input m that is cast to a real type: 0 where m is not 0, 1 where it is.
+    """`1 - m` of an integer input m that is cast to a real type: 0 where m is not 0, 1 where it is; the same of `m * f` for f of 0 and 1.
 
     That m holds only 0 and 1 (a mask; a number of a token or a position is not taken from 1) is noted in `sg.taken_as_flags`.
     """
@@ -93,10 +93,20 @@ def _inverted(sg: SymbolicGraph, node: gs.Node, index: Shape) -> Value | None:
     if not is_float(sg, node) or sg.scalar(one) != 1:
         return None
     tensor, at = flags, broadcast_index(sg, node, flags, index)
+    kept: Formula = True
     while tensor.name not in sg.inputs:
         maker = producer(tensor)
         if maker is None or not is_standard(maker):
             return None
+        if maker.op == "Mul":
+            sides = [(t, broadcast_index(sg, maker, t, at)) for t in maker.inputs]
+            known = [_flag(sg.value(*side)) for side in sides]
+            if known[0] is None and known[1] is None:
+                return None
+            which = 0 if known[0] is not None else 1
+            kept = conjunction(kept, known[which])  # type: ignore[arg-type]
+            tensor, at = sides[1 - which]
+            continue
         moved = (maker.inputs[0], at) if maker.op in ("Cast", "CastLike") else move(sg, maker, tensor, at)
         if moved is None:
             return None
@@ -104,7 +114,17 @@ def _inverted(sg: SymbolicGraph, node: gs.Node, index: Shape) -> Value | None:
     if sg.dtype(tensor) not in _INTEGERS:
         return None
     sg.taken_as_flags.add(tensor.name)
-    return ite(equal(sg.load(tensor, at)), 1.0, 0.0)
+    return ite(conjunction(kept, negation(equal(sg.load(tensor, at)))), 0.0, 1.0)
+
+
+def _flag(v: Value) -> Formula | None:
+    """For a value that is 0 or 1: whether it is 1."""
+    v = number(v)
+    if isinstance(v, Ite):
+        then, other = _flag(v.then), _flag(v.other)
+        return None if then is None or other is None else choose(v.condition, then, other)
+    real = _real(v)
+    return real == 1 if real in (0, 1) else None
 
 
 def _sub_rule(sg: SymbolicGraph, node: gs.Node, index: Shape) -> Value | None:
@@ -128,7 +148,7 @@ def _add(a: Value, b: Value, real: bool) -> Value | None:
 
 
 def _sub(a: Value, b: Value, real: bool) -> Value | None:
-    return a - b if isinstance(a, Poly) and isinstance(b, Poly) else _both_real(a, b, lambda x, y: x - y)
+    return None if not isinstance(b, (Poly, float)) else _add(a, -b, real)
 
 
 def _mul(a: Value, b: Value, real: bool) -> Value | None:

@@ -22,11 +22,12 @@ __all__ = ["Equation", "solve", "substituted"]
 
 @dataclass(frozen=True)
 class Equation:
-    """left = right; `certain`, or else unless one of them is 1."""
+    """left = right; `certain`, or else unless one of them is 1; `repeats`: the operator is there for that case."""
 
     left: Poly
     right: Poly
     certain: bool
+    repeats: bool = False
 
 
 def solve(equations: Sequence[Equation], may_be_taken: Callable[[Dim], bool]) -> tuple[dict[Dim, Poly], frozenset[Dim]]:
@@ -45,7 +46,7 @@ def solve(equations: Sequence[Equation], may_be_taken: Callable[[Dim], bool]) ->
         candidates = [
             s
             for s in _alone(difference)
-            if (equation.certain or sums or may_be_taken(s))
+            if (equation.certain or sums or (may_be_taken(s) and not equation.repeats))
             and _solved(difference, s).value != 0
             and (all(c >= 0 for _, c in _solved(difference, s).terms) or (equation.certain and ".shape[" in s.name))
         ]

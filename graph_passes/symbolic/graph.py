@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from graph_passes.symbolic.equations import Equation, solve, substituted
 from graph_passes.symbolic.logic import Atom, Value
 from graph_passes.symbolic.poly import Dim, Load, Poly, Symbol, const, poly
 
-__all__ = ["CORE_DOMAIN", "MALFORMED", "Either", "Shape", "Stuck", "SymbolicGraph", "is_standard", "op_names"]
+__all__ = ["CORE_DOMAIN", "MALFORMED", "Contradiction", "Either", "Shape", "Stuck", "SymbolicGraph", "is_standard", "op_names"]
 
 Shape = tuple[Poly, ...]
 
@@ -51,6 +52,10 @@ class Stuck(Exception):
         super().__init__(why)
         self.node = node
         self.why = why
+
+
+class Contradiction(Stuck):
+    """The graph contradicts itself; nothing that it declares of the result is to be relied on."""
 
 
 class Either(Stuck):
@@ -137,6 +142,22 @@ class SymbolicGraph:
         graph.nodes[:] = [n for n in nodes if n.inputs or n.outputs]  # `expand` may have emptied some
         self._merge_equal_lengths()
 
+    @cached_property
+    def live(self) -> frozenset[int]:
+        """Ids of the nodes that some output of the graph depends on."""
+        live: set[int] = set()
+        stack: list[gs.Tensor] = list(self.graph.outputs)
+        while stack:
+            for node in stack.pop().inputs:
+                if id(node) not in live:
+                    live.add(id(node))
+                    stack += [*node.inputs, *_captured(node)]
+        return frozenset(live)
+
+    def readers(self, tensor: gs.Tensor) -> list[gs.Node]:
+        """The nodes that read the values of a tensor, those left out that no output depends on."""
+        return [n for n in tensor.outputs if n.op != "Shape" and id(n) in self.live]
+
     def _merge_equal_lengths(self) -> None:
         """Gives lengths that are equal one name, and infers everything again with it, until nothing new is found."""
         from graph_passes.symbolic import shapes
@@ -178,10 +199,10 @@ class SymbolicGraph:
         """A length with the one name of each length in it."""
         return substituted(p, self._same)
 
-    def equal(self, left: Poly, right: Poly, *, certain: bool) -> None:
-        """Records that two lengths are equal (`certain`), or that one of them is 1."""
+    def equal(self, left: Poly, right: Poly, *, certain: bool, repeats: bool = False) -> None:
+        """Records that two lengths are equal (`certain`), or that one of them is 1 (see `Equation`)."""
         if left != right and (left.value is None or right.value is None):
-            self.equations.append(Equation(left, right, certain))
+            self.equations.append(Equation(left, right, certain, repeats))
 
     def shape(self, tensor: gs.Tensor) -> Shape | None:
         """Lengths of the axes; None when even their number is unknown."""
@@ -293,11 +314,17 @@ class SymbolicGraph:
         return None
 
     def constant_integers(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
-        """The elements of a constant tensor of integers, flattened."""
+        """The elements of a tensor of constant integers, stored or computed, flattened."""
         array = self.array(tensor)
-        if array is None or array.dtype.kind not in "iu":
+        if array is not None:
+            return tuple(int(x) for x in array.reshape(-1)) if array.dtype.kind in "iu" else None
+        try:
+            found = (self.value(tensor, ()),) if self.shape(tensor) == () else self.integers(tensor)
+        except Stuck:
             return None
-        return tuple(int(x) for x in array.reshape(-1))
+        out = [x.value for x in found or () if isinstance(x, Poly)]
+        whole = [x for x in out if x is not None]
+        return tuple(whole) if found is not None and len(whole) == len(found) else None
 
     def set_shape(self, tensor: gs.Tensor, shape: Shape | None) -> None:
         """Records an inferred shape; a length that inference left open takes the declared number, if there is one."""
@@ -313,11 +340,16 @@ class SymbolicGraph:
             )
         self._shapes[tensor.name] = shape
 
+    def forget_shape(self, tensor: gs.Tensor) -> None:
+        """Leaves a shape unknown, whatever is declared."""
+        self._shapes[tensor.name] = None
+
     def set_dtype(self, tensor: gs.Tensor, dtype: int | None) -> None:
         self._dtypes[tensor.name] = dtype if dtype is not None else element_type(tensor)
 
     def open_length(self, tensor: gs.Tensor, axis: int, *, repeated: bool = False) -> Poly:
-        """A length of which nothing is known; `repeated`: but that it is one of two that meet."""
+        """A length of which nothing is known; `repeated`: but that it is not to be taken for one that it meets (it is one of two that
+        met, or may be 1)."""
         return substituted(poly(Dim(f"{tensor.name}.{'broadcast' if repeated else 'shape'}[{axis}]")), self._same)
 
     def _declare(self, tensor: gs.Tensor, shape: list | None) -> None:
@@ -383,6 +415,17 @@ def _plain(attrs: dict[str, Any]) -> Hashable:
 
 def _is_open(length: Poly, tensor: gs.Tensor) -> bool:
     return any(isinstance(s, Dim) and s.name.startswith((f"{tensor.name}.shape[", f"{tensor.name}.broadcast[")) for s in length.symbols)
+
+
+def _captured(node: gs.Node) -> Iterator[gs.Tensor]:
+    """Tensors that the subgraphs of a node read, their own among them."""
+    for value in node.attrs.values():
+        for graph in value if isinstance(value, list) else [value]:
+            if isinstance(graph, gs.Graph):
+                yield from graph.outputs
+                for inner in graph.nodes:
+                    yield from inner.inputs
+                    yield from _captured(inner)
 
 
 def _is_inferred(length: Dim) -> bool:

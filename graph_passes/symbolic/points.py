@@ -7,6 +7,7 @@ Here are the rules of operators that look elements up at other indices or make t
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import numpy as np
 import onnx
@@ -121,6 +122,26 @@ def _gather_elements(sg: SymbolicGraph, node: gs.Node, index: Shape) -> Value | 
     return None if at is None else sg.value(data, (*index[:axis], at, *index[axis + 1 :]))
 
 
+def _concat(sg: SymbolicGraph, node: gs.Node, index: Shape) -> Value | None:
+    """The element of the first piece that the position lies in, where `move` cannot tell which that is."""
+    axis = arguments.axis_of(node, len(index))
+    lengths = [sg.known_shape(t, node)[axis] for t in node.inputs]
+    *starts, _ = accumulate(lengths, initial=const(0))
+    is_bool = sg.dtype(node.inputs[0]) == onnx.TensorProto.BOOL
+    found: Value | None = None
+    for part, start, length in reversed(list(zip(node.inputs, starts, lengths, strict=True))):
+        at = const(0) if length.value == 1 else index[axis] - start
+        element = sg.value(part, (*index[:axis], at, *index[axis + 1 :]))
+        inside = less_equal(index[axis] - start - length + 1)
+        if found is None:
+            found = element
+        elif is_bool:
+            found = choose(inside, truth(element), truth(found))
+        else:
+            found = ite(inside, number(element), number(found))
+    return found
+
+
 def _trilu(sg: SymbolicGraph, node: gs.Node, index: Shape) -> Value | None:
     diagonal = number(sg.value(node.inputs[1], ())) if len(node.inputs) > 1 and node.inputs[1].name else const(0)
     if not isinstance(diagonal, Poly):
@@ -136,12 +157,14 @@ def _trilu(sg: SymbolicGraph, node: gs.Node, index: Shape) -> Value | None:
 
 
 def _cumsum(sg: SymbolicGraph, node: gs.Node, index: Shape) -> Value | None:
-    """A running sum of a constant: constant * (position + 1)."""
+    """A running sum of a whole constant: constant * (position + 1)."""
     axis = sg.constant_integers(node.inputs[1])
     if axis is None or node.attrs.get("reverse"):
         return None
     k = axis[0] + len(index) if axis[0] < 0 else axis[0]
     step = number(sg.value(node.inputs[0], index))
+    if isinstance(step, float) and step.is_integer():
+        step = const(int(step))
     if not isinstance(step, Poly) or step.value is None:
         return None
     return (index[k] + (0 if node.attrs.get("exclusive") else 1)) * step
@@ -178,6 +201,7 @@ _RULES: dict[str, Callable[[SymbolicGraph, gs.Node, Shape], Value | None]] = {
     "Gather": _gather,
     "GatherND": _gather_nd,
     "GatherElements": _gather_elements,
+    "Concat": _concat,
     "Trilu": _trilu,
     "CumSum": _cumsum,
     "ScatterND": _scatter_nd,

@@ -12,7 +12,17 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.symbolic.arguments import axes_of, axis_of, reshape_target, shape_window, slices, split_sizes, squeezed_axes, unclamped
-from graph_passes.symbolic.graph import CORE_DOMAIN, MALFORMED, Shape, Stuck, SymbolicGraph, element_type, is_standard, op_names
+from graph_passes.symbolic.graph import (
+    CORE_DOMAIN,
+    MALFORMED,
+    Contradiction,
+    Shape,
+    Stuck,
+    SymbolicGraph,
+    element_type,
+    is_standard,
+    op_names,
+)
 from graph_passes.symbolic.poly import Load, Poly, const, is_nonnegative, product
 
 __all__ = ["broadcast", "infer"]
@@ -39,14 +49,20 @@ def infer(sg: SymbolicGraph, node: gs.Node) -> None:
     known = is_standard(node) or node.op in ("SimplifiedLayerNormalization", "SampleAttention")
     rule = _rule(node.op) if known else _MICROSOFT_RULES.get(node.op) if node.domain == "com.microsoft" else None
     found: list[Shape | None] = []
+    contradicted = False
     if rule is not None:
         try:
             found = rule(sg, node)
+        except Contradiction:
+            contradicted = True
         except (Stuck, *MALFORMED):  # a malformed graph is refused by the checker; here its shape only stays unknown
             found = []
     for i, out in enumerate(node.outputs):
         if out.name:
-            sg.set_shape(out, found[i] if i < len(found) else None)
+            if contradicted:
+                sg.forget_shape(out)
+            else:
+                sg.set_shape(out, found[i] if i < len(found) else None)
             sg.set_dtype(out, _dtype(sg, node) if i == 0 or node.op == "Split" else None)
 
 
@@ -54,7 +70,7 @@ def broadcast(sg: SymbolicGraph, node: gs.Node, shapes: list[Shape], *, repeats:
     """The common shape; a length that cannot be told (two different open ones) is left open.
 
     Args:
-        repeats: the operator is there to repeat (Expand); elsewhere different open lengths are likely to be equal, and noted.
+        repeats: the operator is there to repeat (Expand); elsewhere different open lengths are likely to be equal.
     """
     rank = max(len(s) for s in shapes)
     out: list[Poly] = []
@@ -69,8 +85,8 @@ def broadcast(sg: SymbolicGraph, node: gs.Node, shapes: list[Shape], *, repeats:
         if fixed or len(lengths) < 2:
             out.append((fixed or lengths or [const(1)])[0])
         else:
-            for other in [] if repeats else lengths[1:]:
-                sg.equal(lengths[0], other, certain=False)
+            for other in lengths[1:]:
+                sg.equal(lengths[0], other, certain=False, repeats=repeats)
             out.append(sg.open_length(node.outputs[0], axis, repeated=True))
     return tuple(out)
 
@@ -111,11 +127,19 @@ def _elementwise(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     return [broadcast(sg, node, [sg.known_shape(t, node) for t in node.inputs])]
 
 
+def _require_equal(sg: SymbolicGraph, node: gs.Node, left: Poly, right: Poly) -> None:
+    """Two lengths that an operator requires to be equal. Of two numbers that are not, nothing follows: a runtime may still run the node
+    (ONNX Runtime joins an empty tensor to one of any width), and what it makes is not what the file declares."""
+    if left.value is not None and right.value is not None and left != right:
+        raise Contradiction(node, f"its inputs have the lengths {left} and {right} where equal ones are required")
+    sg.equal(left, right, certain=True)
+
+
 def _matmul(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     a, b = (sg.known_shape(t, node) for t in node.inputs[:2])
     if len(a) < 2 or len(b) < 2:
         raise Stuck(node, "a product with a vector is not followed")
-    sg.equal(a[-1], b[-2], certain=True)
+    _require_equal(sg, node, a[-1], b[-2])
     return [(*broadcast(sg, node, [a[:-2], b[:-2]]), a[-2], b[-1])]
 
 
@@ -149,10 +173,10 @@ def _expand(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
         raise Stuck(node, "the shape it is given cannot be followed")
     rank = max(len(source), len(given))
     padded = (const(1),) * (rank - len(source)) + source
+    given = (const(1),) * (rank - len(given)) + given
     # What is not followed is 1 or the length that is there already, unless that is 1.
     wanted = [
-        n if n is not None else padded[i] if (padded[i].value or 0) > 1 else sg.open_length(node.outputs[0], i)
-        for i, n in enumerate(given, rank - len(given))
+        n if n is not None else padded[i] if (padded[i].value or 0) > 1 else sg.open_length(node.outputs[0], i) for i, n in enumerate(given)
     ]
     # n entries can be expanded to n + m only if m = 0 or n = 1: the result has n + m.
     shorter = tuple(const(1) if n != wanted[i] and is_nonnegative(wanted[i] - n) else n for i, n in enumerate(padded))
@@ -166,7 +190,7 @@ def _concat(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
     for part in parts[1:]:
         for k, (first, other) in enumerate(zip(parts[0], part, strict=True)):
             if k != axis:
-                sg.equal(first, other, certain=True)
+                _require_equal(sg, node, first, other)
     return [tuple(total if i == axis else n for i, n in enumerate(parts[0]))]
 
 
@@ -220,6 +244,50 @@ def _reduce(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
         return [a]
     axes = {x + len(a) if x < 0 else x for x in axes_of(sg, node)} if has_axes else set(range(len(a)))
     return [tuple(const(1) if i in axes else n for i, n in enumerate(a) if keep or i not in axes)]
+
+
+def _conv(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
+    """[N, M, lengths]; a length is exact for a stride of 1 and pads that are written out."""
+    a, weight = (sg.known_shape(t, node) for t in node.inputs[:2])
+    count = len(a) - 2
+    pads = [int(x) for x in node.attrs.get("pads") or [0] * 2 * count]
+    strides, dilations = ([int(x) for x in node.attrs.get(name) or [1] * count] for name in ("strides", "dilations"))
+    auto = node.attrs.get("auto_pad", "NOTSET")
+    written = (auto.decode() if isinstance(auto, bytes) else str(auto)) == "NOTSET"
+    lengths = [
+        n + pads[i] + pads[i + count] - (weight[i + 2] - 1) * dilations[i]
+        if written and strides[i] == 1
+        else sg.open_length(node.outputs[0], i + 2)
+        for i, n in enumerate(a[2:])
+    ]
+    return [(a[0], weight[0], *lengths)]
+
+
+def _pad(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
+    a = sg.known_shape(node.inputs[0], node)
+    pads = sg.integers(node.inputs[1])
+    given = sg.constant_integers(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3].name else tuple(range(len(a)))
+    if pads is None or given is None:
+        raise Stuck(node, "its pads cannot be followed")
+    out = list(a)
+    for k, axis in enumerate(given):
+        out[axis] = a[axis] + pads[k] + pads[k + len(given)]
+    return [tuple(out)]
+
+
+def _einsum(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
+    """Lengths by letters; of a letter that has length 1 somewhere the other one."""
+    equation = node.attrs["equation"]
+    text = (equation.decode() if isinstance(equation, bytes) else str(equation)).replace(" ", "")
+    left, arrow, out = text.partition("->")
+    if not arrow or "." in text:
+        raise Stuck(node, "an Einsum without letters for every axis is not followed")
+    lengths: dict[str, Poly] = {}
+    for term, tensor in zip(left.split(","), node.inputs, strict=True):
+        for letter, n in zip(term, sg.known_shape(tensor, node), strict=True):
+            if lengths.get(letter, const(1)).value == 1:
+                lengths[letter] = n
+    return [tuple(lengths[x] for x in out)]
 
 
 def _arg_reduce(sg: SymbolicGraph, node: gs.Node) -> list[Shape | None]:
@@ -296,6 +364,9 @@ _RULES: dict[str, Callable[[SymbolicGraph, gs.Node], list[Shape | None]]] = {
     "ConstantOfShape": _constant_of_shape,
     "Constant": _constant,
     "Slice": _slice,
+    "Conv": _conv,
+    "Pad": _pad,
+    "Einsum": _einsum,
     "Split": _split,
     "Flatten": _flatten,
     "Tile": _tile,

@@ -172,7 +172,7 @@ def export_onnx(
         sites = sample_attention_nodes(model)
         if attention == "sample" and sites == 0:
             raise UserError(
-                f"{type(skeleton).__name__} has no layer that is full causal without window, soft-cap and sinks; "
+                f"{type(skeleton).__name__} leaves no full causal layer without window, soft-cap and sinks to transformers' AttentionInterface; "
                 f"export it with attention 'sdpa'."
             )
         progress("write", 0.0)

@@ -10,14 +10,15 @@ import sys
 from typing import Any
 
 from graph_passes import op
+from sa_export.errors import UserError
 
 NAME = "sample_attention"
 """The name under which transformers finds this implementation."""
 
 _NEUTRAL_KEYWORDS = frozenset(
-    {"dropout", "scaling", "softcap", "s_aux", "sinks", "sliding_window", "position_ids", "is_causal", "use_cache"}
+    {"dropout", "scaling", "softcap", "s_aux", "sinks", "sliding_window", "position_ids", "is_causal", "use_cache", "output_router_logits"}
 )
-"""Keywords whose effect is known here; `position_ids` and `use_cache` have none on attention over a padding mask."""
+"""Keywords whose effect is known here; `position_ids`, `use_cache` and `output_router_logits` have none on attention over a padding mask."""
 
 
 def register() -> None:
@@ -82,6 +83,7 @@ def attention(
     Returns:
         [B, S, Hq, Dv], and None in place of the probabilities.
     """
+    _refuse_unknown_tensors(module, keywords)
     sinks = next((keywords[name] for name in ("s_aux", "sinks") if keywords.get(name) is not None), None)
     if softcap or sinks is not None:
         # Only the model's own code knows how it caps scores or weighs sinks.
@@ -103,15 +105,32 @@ def attention(
 
 
 def _is_full_causal(module: Any, attention_mask: Any, keywords: dict[str, Any]) -> bool:
-    unknown = [name for name, value in keywords.items() if value is not None and name not in _NEUTRAL_KEYWORDS]
     return (
         attention_mask is not None
         and attention_mask.ndim == 2
         and keywords.get("sliding_window") is None
         and keywords.get("is_causal", True) is not False
         and getattr(module, "is_causal", True)
-        and not unknown
+        and not _unknown(keywords)
     )
+
+
+def _unknown(keywords: dict[str, Any]) -> list[str]:
+    """Keywords that are given and of which nothing is known here."""
+    return [name for name, value in keywords.items() if value is not None and name not in _NEUTRAL_KEYWORDS]
+
+
+def _refuse_unknown_tensors(module: Any, keywords: dict[str, Any]) -> None:
+    """A model may leave to its attention what it does by itself for sdpa alone: blocks of keys that an index chose, say.
+
+    Raises:
+        UserError: a tensor comes with the call of which nothing is known.
+    """
+    import torch
+
+    name = next((n for n in _unknown(keywords) if isinstance(keywords[n], torch.Tensor)), None)
+    if name is not None and _exporting():
+        raise UserError(f"{type(module).__name__} gives its attention {name}, of which nothing is known; export it with attention 'sdpa'.")
 
 
 def _exporting() -> bool:

@@ -167,18 +167,36 @@ def probe(model: Any) -> tuple[CacheLayer, ...]:
                 out = model(**arguments, past_key_values=cache, use_cache=True, return_dict=True)
                 logits.append(out.logits.float())
     except Exception as error:
+        _refuse_other_states(model)
         raise UserError(f"{name} does not run as a causal language model with a key/value cache: {sentence_of(error)}") from error
     if not _is_causal(model, logits):
         raise UserError(
             f"{name} is bidirectional: an earlier token sees a later one; only decoder-only causal language models can be exported."
         )
-    layers = getattr(getattr(out, "past_key_values", None), "layers", ())
+    if getattr(out, "past_key_values", None) is None:
+        _refuse_other_states(model)
+        raise UserError(f"{name} gives no cache of keys and values back; only models that generate with one can be exported.")
+    layers = getattr(out.past_key_values, "layers", ())
     pairs: list[tuple[Any, Any]] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     if not pairs or any(t is None or t.ndim != 4 or t.shape[2] != tokens for pair in pairs for t in pair):
         raise UserError(
             f"{name} keeps a state other than keys and values between steps (recurrent or linear attention); it cannot be exported."
         )
     return tuple(CacheLayer(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs)
+
+
+def _refuse_other_states(model: Any) -> None:
+    """Raises UserError when transformers' own cache for the model has layers that are not keys and values alone."""
+    from transformers import DynamicCache
+
+    usual = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except Exception:  # a configuration that says nothing of its layers
+        return
+    other = ", ".join(sorted({type(x).__name__ for x in layers} - usual))
+    if other:
+        raise UserError(f"{type(model).__name__} keeps a state other than keys and values between steps ({other}); it cannot be exported.")
 
 
 def _is_causal(model: Any, logits: list[Any]) -> bool:

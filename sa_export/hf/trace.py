@@ -96,8 +96,6 @@ def trace(
     """
     import torch
 
-    batch, sequence, past = (torch.export.Dim(name) for name in (BATCH, SEQUENCE, PAST))
-    free = torch.export.Dim.DYNAMIC
     total = _EXAMPLE_PAST + _EXAMPLE_TOKENS
     positions = torch.arange(_EXAMPLE_PAST, total)
     cached = [
@@ -110,22 +108,31 @@ def trace(
         positions.repeat(_EXAMPLE_BATCH, 1),
         cached,
     )
-    # torch.export knows no sum of two free lengths, so the mask's is free by itself here and gets its name in `_name_dimensions`.
-    shapes = ({0: batch, 1: sequence}, {0: batch, 1: free}, {0: batch, 1: sequence}, [({0: batch, 2: past},) * 2] * len(layers))
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     try:
         # On failure torch prints the graph so far, past its loggers.
         with torch.no_grad(), step_module(model, logits) as step, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            program = torch.onnx.export(
-                step,
-                example,
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=shapes,
-                input_names=[spec.name for spec in inputs],
-                output_names=[spec.name for spec in outputs],
-                verbose=False,
-                optimize=False,
-            )
+
+            def exported(most: int | None) -> Any:
+                return torch.onnx.export(
+                    step,
+                    example,
+                    dynamo=True,
+                    opset_version=opset,
+                    dynamic_shapes=_dynamic_shapes(len(layers), most),
+                    input_names=[spec.name for spec in inputs],
+                    output_names=[spec.name for spec in outputs],
+                    verbose=False,
+                    optimize=False,
+                )
+
+            try:
+                program = exported(None)
+            except Exception as error:
+                # A table as long as the model's context, cut to the call, is wrong for longer ones: torch wants that said.
+                if longest is None or "Constraints violated" not in _root_cause(error):
+                    raise
+                program = exported(longest)
             assert program is not None  # dynamo=True always gives a program
             weights = _without_values(program.model)
             with _quick_matching():
@@ -133,7 +140,8 @@ def trace(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"torch.onnx cannot export {type(model).__name__} at opset {opset}: {_root_cause(error)}") from error
+        hint = " Attention 'sdpa' may be exported." if model.config._attn_implementation == interface.NAME else ""
+        raise UserError(f"torch.onnx cannot export {type(model).__name__} at opset {opset}: {_root_cause(error)}{hint}") from error
     graph_model = program.model
     for name, value in graph_model.graph.initializers.items():
         if name in weights:
@@ -142,6 +150,16 @@ def trace(
     _drop_metadata(graph_model)
     _name_weights(graph_model)
     return graph_model
+
+
+def _dynamic_shapes(layers: int, most: int | None) -> tuple[Any, ...]:
+    """Which axes of the inputs are free, and how long they may be at most; torch.export knows no sum of two free lengths, so the mask's
+    is free by itself here and gets its name in `_name_dimensions`."""
+    from torch.export import Dim
+
+    batch, sequence, past = Dim(BATCH), Dim(SEQUENCE, max=most), Dim(PAST, max=most)
+    tokens = {0: batch, 1: sequence}
+    return (tokens, {0: batch, 1: Dim.DYNAMIC}, tokens, [({0: batch, 2: past},) * 2] * layers)
 
 
 @contextmanager

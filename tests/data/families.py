@@ -17,6 +17,7 @@ WINDOW = 8
 """Keys that a sliding layer sees; shorter than every prompt of the checks, so that a window that is lost shows in the numbers."""
 
 FULL, WINDOWED, SINKS, ALIBI = "full", "window", "sinks", "alibi"
+BIAS, DIFFERENCE, SELECTED = "bias", "difference", "selected"
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Family:
     Attributes:
         config: name of the configuration class in transformers.
         options: what differs from `COMMON`.
-        layers: what each layer is: `full` (causal with padding, perhaps soft-capped: to be rewritten), `window`, `sinks` or `alibi`
-            (to be declined, for that reason).
+        layers: what each layer is: `full` (causal with padding, perhaps soft-capped: to be rewritten), `window`, `sinks`, `alibi`, `bias`
+            (learned), `difference` (of two attentions) or `selected` (keys chosen by an index of their own); all to be declined, for
+            that reason. Layers without attention are left out.
         only: True when `COMMON` does not apply and `options` are the whole configuration.
         like: models whose checkpoints have this shape but ship their own code.
+        routes: the only routes that it is frozen of; empty: all that take every family.
     """
 
     config: str
@@ -37,6 +40,7 @@ class Family:
     layers: tuple[str, ...] = (FULL,) * LAYERS
     only: bool = False
     like: str = ""
+    routes: tuple[str, ...] = ()
 
     @property
     def head_size(self) -> int:
@@ -58,7 +62,8 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 256}
 _FALCON = {k: v for k, v in COMMON.items() if k not in ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")}
 _MIXED = ["sliding_attention", "full_attention"]
-_NO_HEAD_DIM = {"head_dim": None}
+_BARE = {"vocab_size": VOCABULARY}
+_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaConfig"),
@@ -146,6 +151,106 @@ FAMILIES: dict[str, Family] = {
         {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": 256, "expansion_ratio": 1},
         (ALIBI,) * LAYERS,
         only=True,
+    ),
+    "xglm": Family(
+        "XGLMConfig",
+        {**_BARE, "d_model": 64, "ffn_dim": 48, "num_layers": LAYERS, "attention_heads": HEADS, "max_position_embeddings": 256},
+        only=True,
+        routes=("torchscript-eager-18",),
+    ),
+    "openai-gpt": Family(
+        "OpenAIGPTConfig",
+        {**_BARE, "n_positions": 256, "n_embd": 64, "n_layer": LAYERS, "n_head": HEADS},
+        only=True,
+        routes=("torchscript-eager-18-nopast",),
+    ),
+    "gpt-neo": Family(
+        "GPTNeoConfig",
+        {
+            **_BARE,
+            "hidden_size": 64,
+            "num_layers": LAYERS,
+            "attention_types": [[["global", "local"], 1]],
+            "num_heads": HEADS,
+            "intermediate_size": 48,
+            "window_size": WINDOW,
+            "max_position_embeddings": 256,
+        },
+        (FULL, WINDOWED),
+        only=True,
+        routes=("torchscript-eager-18",),
+    ),
+    "lfm2": Family(
+        "Lfm2Config",
+        {"head_dim": None, "layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
+        (FULL,),
+        routes=("torchscript-eager-18-nopast",),
+    ),
+    "zaya": Family(
+        "ZayaConfig",
+        {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "layer_types": ["hybrid"] * 2, "router_hidden_size": 16},
+        routes=("torchscript-eager-18-nopast",),
+    ),
+    "ministral3": Family(
+        "Ministral3Config",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            }
+        },
+        routes=("dynamo-sdpa-20",),
+    ),
+    "mimo-v2": Family(
+        "MiMoV2FlashConfig",
+        {
+            **_EXPERTS,
+            "n_group": 1,
+            "topk_group": 1,
+            "v_head_dim": 8,
+            "sliding_window": WINDOW,
+            "layer_types": _MIXED,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+        (f"{WINDOWED}+{SINKS}", FULL),
+        routes=("dynamo-sdpa-20",),
+    ),
+    "granite-swa": Family(
+        "GraniteSWAConfig",
+        {"head_dim": None, "sliding_window": WINDOW, "layer_types": _MIXED, "layer_rope_theta": [1e4, 1e4]},
+        (f"{WINDOWED}+{SINKS}", SINKS),
+        routes=("dynamo-sdpa-20",),
+    ),
+    "diffllama": Family("DiffLlamaConfig", {}, (DIFFERENCE,) * LAYERS, routes=("dynamo-sdpa-20",)),
+    "doge": Family("DogeConfig", {"head_dim": None}, (BIAS,) * LAYERS, routes=("dynamo-sdpa-20",)),
+    "deepseek-v3.2": Family(
+        "DeepseekV32Config",
+        {
+            **_EXPERTS,
+            "head_dim": None,
+            "num_key_value_heads": HEADS,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_group": 1,
+            "topk_group": 1,
+            "index_topk": 4,
+            "index_head_dim": 16,
+            "index_n_heads": 2,
+            "mlp_layer_types": ["dense", "sparse"],
+            "layer_types": ["indexed_attention"] * LAYERS,
+        },
+        (SELECTED,) * LAYERS,
+        routes=("dynamo-sdpa-20-nopast",),
     ),
 }
 

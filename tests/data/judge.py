@@ -171,10 +171,11 @@ def judge(path: Path, *, head_size: int = HEAD_SIZE) -> Judgement:
 
 
 def _fixed(session: Runner) -> dict[str, tuple[int, int, int, str]]:
-    """The calls that a graph with fixed lengths allows; none when its lengths are free."""
+    """The calls that a graph with a fixed number of rows allows; none when it is free."""
     batch, rows = session.shapes.get("input_ids", ["", ""])[:2]
-    if not (isinstance(batch, int) and isinstance(rows, int)):
+    if not isinstance(rows, int):
         return {}
+    batch = batch if isinstance(batch, int) else 2
     past = next((shape[2] for name, shape in session.shapes.items() if _is_cache(name)), 0)
     return {f"as exported, {pad} padding": (batch, rows, past, pad) for pad in ("none", "left", "right")}
 

@@ -39,7 +39,7 @@ ROUTES: dict[str, ModuleType] = {v: m for m in (torch_onnx, optimum, genai, hf_e
 """Name of a route -> the exporter that it belongs to."""
 
 WIDE = ("dynamo-sdpa-20", "optimum", "genai-fp32-cpu", "torchscript-eager-18")
-"""Routes that are frozen for every family; the others are frozen for `NARROW`."""
+"""Routes that are frozen for every family that names no routes of its own; the others are frozen for `NARROW`."""
 NARROW = ("llama", "qwen3", "gemma2", "gpt-oss")
 OTHER = {
     "optimum-O2": ("llama", "gpt2", "gpt-neox", "bloom"),
@@ -57,7 +57,9 @@ def default_families(route: str) -> tuple[str, ...]:
     """The families that are frozen of a route."""
     if ROUTES[route] is handwritten:
         return tuple(handwritten.MODELS)
-    return tuple(families.FAMILIES) if route in WIDE else OTHER.get(route, NARROW)
+    every = [name for name, family in families.FAMILIES.items() if not family.routes]
+    own = [name for name, family in families.FAMILIES.items() if route in family.routes]
+    return (*(every if route in WIDE else OTHER.get(route, NARROW)), *own)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -36,7 +36,7 @@ _TITLES = {
     "optimum": "optimum-onnx",
     "genai-fp32-cpu": "onnxruntime-genai, fp32 CPU",
 }
-_SHORT = {"window": "window", "sinks": "sinks", "alibi": "ALiBi", "not causal": "not causal", "paged": "paged"}
+_SHORT = {**{kind: kind for kind in truth.REASONS}, "alibi": "ALiBi"}
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,12 @@ def _wide(rows: Sequence[Row], manifest: dict) -> Iterable[str]:
         (
             [name + (f" ({family.like})" if family.like else ""), *(cells.get((route, name), "-") for route in WIDE)]
             for name, family in FAMILIES.items()
+            if not family.routes
         ),
     )
+    yield from ("", "## Further families", "", "Frozen of one route each, for what is particular to their attention.", "")
+    own = [(name, route) for name, family in FAMILIES.items() for route in family.routes]
+    yield from _table(["family", "route", "result"], ([name, route, cells.get((route, name), "-")] for name, route in own))
 
 
 def _narrow(rows: Sequence[Row]) -> Iterable[str]:

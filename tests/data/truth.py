@@ -11,6 +11,10 @@ REASONS: dict[str, tuple[str, ...]] = {
     "window": ("window",),
     "sinks": ("sink",),
     "alibi": ("bias", "alibi"),
+    "bias": ("bias",),
+    "difference": ("probabilities are read by",),
+    "selected": ("depends on the values",),
+    "chunks": ("chunks",),
     "not causal": ("not causal",),
     "paged": ("paged", "pages"),
 }

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx.reference
 import pytest
 from onnx import TensorProto
 
@@ -65,6 +67,8 @@ CASES = {
     "causal flag without a past": {"mask": "none", "past_outside": False, "is_causal": 1},
     "causal flag and mask, no past": {"past_outside": False, "is_causal": 1},
     "opset 24": {"opset": 24},
+    "opset 25": {"opset": 25},
+    "opset 26": {"opset": 26, "mask": "float"},
     "soft-cap": {"softcap": 1.5},
     "causal flag on more keys than rows": {"mask": "none", "is_causal": 1},
     "product that nothing reads": {"outputs": 4},
@@ -95,8 +99,16 @@ def test_is_found_and_equal(name: str, tmp_path: Path) -> None:
 
 def test_a_window_to_the_right_that_is_causality(tmp_path: Path) -> None:
     model = attention(opset=25, mask="none", past_outside=False, right_window_size=0)
-    (site,) = inspect(running.save(model, tmp_path)).sites
+    path = running.save(model, tmp_path)
+    (site,) = inspect(path).sites
     assert site.mask.kind == "causal"
+    out, _ = running.rewritten(path)
+    data = builder.feeds(model, 2, 24, 0)
+    model.graph.node[-2].ClearField("attribute")  # ONNX Runtime 1.31 does not know the window; is_causal says the same
+    model.graph.node[-2].attribute.append(onnx.helper.make_attribute("is_causal", 1))
+    assert model.graph.node[-2].op_type == "Attention"
+    full = running.Session(running.save(model, tmp_path, "causal.onnx"))(data)
+    assert np.abs(full["result"] - running.Session(out)(data)["result"]).max() < 2e-6
 
 
 REFUSED = {
@@ -126,6 +138,21 @@ def test_is_declined(name: str, tmp_path: Path) -> None:
     (declined,) = report.declined
     assert reason in declined.reason
     assert declined.stopped_by == f"Attention {node.name}"
+
+
+@pytest.mark.parametrize("opset", [23, 24, 25])
+def test_a_mask_of_one_column_is_not_repeated(opset: int, tmp_path: Path) -> None:
+    """By ONNX's reference every row sees key 0 alone; ONNX Runtime 1.31 refuses the call."""
+    model = attention(opset=opset, mask="none", past_outside=False, is_causal=1)
+    node = next(n for n in model.graph.node if n.op_type == "Attention")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((1, 1, 1, 1), bool), "column"))
+    node.input[3] = "column"
+    data = builder.feeds(model, 2, 6, 0)
+    (got,) = onnx.reference.ReferenceEvaluator(model).run(None, data)
+    first = np.repeat(data["value"][:, :, :1], HQ // HKV, axis=1)
+    assert np.abs(got - first.transpose(0, 2, 1, 3)).max() < 1e-6
+    (declined,) = inspect(running.save(model, tmp_path)).declined
+    assert declined.reason == "its mask column has the length 1 where the scores have seq."
 
 
 def test_heads_that_do_not_divide(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, inliner
 
 from graph_passes import op, reference
-from graph_passes.body import OPSETS, PROBE_OP_TYPE, PROBE_OUTPUTS, attach, function, probe_function
+from graph_passes.body import PROBE_OP_TYPE, PROBE_OUTPUTS, attach, function, probe_function
 from graph_passes.errors import GraphError
+from graph_passes.opset import BODIES
 from tests.graph_passes.attention_cases import Case, node_model, run
 
 SPARSE = tuple(p for p in op.POLICIES if p != "dense")
@@ -123,7 +124,7 @@ def test_body_is_the_reference(policy: str, name: str) -> None:
     assert_matches(case, p, run(node_model(p, case, probe=True), case.feeds()))
 
 
-@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("opset", BODIES)
 @pytest.mark.parametrize("policy", op.POLICIES)
 def test_every_opset(policy: str, opset: int) -> None:
     case = Case(s=70, t=111, batch=2, padding="both", softcap=3.0, heads=2)
@@ -382,8 +383,8 @@ def without(model: onnx.ModelProto, attribute: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (lambda m: setattr(m.opset_import[0], "version", 17), r"imports opset 17; .* opsets 18 to 24, so export"),
-        (lambda m: setattr(m.opset_import[0], "version", 25), r"imports opset 25; "),
+        (lambda m: setattr(m.opset_import[0], "version", 17), r"imports opset 17; .* opsets 18 to 26, .* so export"),
+        (lambda m: setattr(m.opset_import[0], "version", 27), r"imports opset 27; "),
         (lambda m: without(m, "sink"), r"node 'a0' \(SampleAttention\) lacks the attributes sink;"),
         (lambda m: m.graph.node[0].attribute.append(helper.make_attribute("sinks", 1)), r"has the attributes sinks; allowed are scale,"),
         (lambda m: m.graph.node[0].input.append(""), r"has the inputs .*; allowed are 3 or 4, none of them empty"),

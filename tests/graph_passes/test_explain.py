@@ -15,6 +15,7 @@ from graph_passes.errors import GraphError
 from graph_passes.explain import explain, write_cut_out
 from graph_passes.pipeline import inspect
 from sa_export.cli.main import main
+from tests.data.frozen import GRAPHS, thaw
 from tests.graph_passes import builder
 from tests.graph_passes.builder import Spelling
 
@@ -69,6 +70,44 @@ def test_best_match_and_cut_out(make: Callable[[Path], Path], stopper: str, tmp_
     assert {n.SerializeToString(deterministic=True) for n in cut.graph.node} <= whole
     with pytest.raises(GraphError, match="exists; choose another name"):
         write_cut_out(path, found, out)
+
+
+FROZEN = {
+    "dynamo-sdpa-20/bloom": "Mul",
+    "torchscript-eager-18/gpt-oss": "Concat",
+    "genai-fp32-cpu/gpt-oss": "GroupQueryAttention",
+    "genai-paged/llama": "PagedAttention",
+    "optimum/mistral-window": "Greater",
+    "optimum/qwen3-moe": "MatMul",
+    "handwritten/attention-23-window": "Greater",
+}
+"""Graphs with something declined, and the operator that stops it."""
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_graphs_are_explained(name: str, tmp_path: Path) -> None:
+    """The best match, the first node that stops it among the nodes around it, and a cut-out that opens."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(thaw(GRAPHS / f"{name}.onnx.xz"))
+    report = inspect(path)
+    found = explain(path, report)
+    assert [e.site for e in found] == list(report.declined)
+    operators = {n.op_type for n in onnx.load(path).graph.node}
+    for e in found:
+        (stopped,) = (s.node for s in e.steps if s.state == "stopped")
+        assert stopped == e.site.stopped_by
+        assert stopped in e.around
+        assert any(line.startswith(f"{stopped}: ") for line in e.lines)
+        write_cut_out(path, e, tmp_path / "cut.onnx", force=True)
+        cut = onnx.load(tmp_path / "cut.onnx").graph
+        assert len(cut.node) == len(e.around) > 4
+        assert {n.op_type for n in cut.node} <= operators
+        assert {i for n in cut.node for i in n.input if i} <= {
+            *(i.name for i in cut.input),
+            *(t.name for t in cut.initializer),
+            *(o for n in cut.node for o in n.output),
+        }
+    assert FROZEN[name] in {e.site.stopped_by.split()[0] for e in found}
 
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:

@@ -29,6 +29,10 @@ def test_equations() -> None:
     assert solve([Equation(S, P, certain=False)], lambda s: False) == ({}, frozenset())
     # Two sums with a common length: the past of one layer and of another.
     assert solve([Equation(P + S, Q + S, certain=False)], lambda s: False) == ({OTHER: P}, frozenset({OTHER}))
+    # What is there to repeat says nothing of a length of its own.
+    expanded = Equation(T, P + S, certain=False, repeats=True)
+    assert solve([expanded], lambda s: s == TOTAL) == ({}, frozenset())
+    assert solve([Equation(P + S, Q + S, certain=False, repeats=True)], lambda s: False) == ({OTHER: P}, frozenset({OTHER}))
     # Contradictions, halves and lengths of 0 decide nothing.
     assert solve([Equation(S, P + S, certain=True)], lambda s: True) == ({}, frozenset())
     assert solve([Equation(S, S + 1, certain=True)], lambda s: True) == ({}, frozenset())
@@ -176,3 +180,30 @@ def test_half_types_widened_before_the_products(tmp_path: Path) -> None:
     expected, got = running.Session(path)(data)["result"], running.Session(out)(data)["result"]
     assert got.dtype == np.float32
     assert running.largest_difference(expected, got, real) < 4e-3
+
+
+@pytest.mark.parametrize("declared", [False, True], ids=["open result", "declared result"])
+def test_a_declared_width_that_the_join_of_the_past_contradicts(declared: bool, tmp_path: Path) -> None:
+    """ONNX Runtime runs it where the past is empty, with the width of the new values: nothing follows from what is declared."""
+    model = builder.attention(Spelling(repeat="concat"))
+    value = next(i for i in model.graph.input if i.name == "past_value")
+    value.type.tensor_type.shape.dim[3].dim_value = 2 * builder.DV
+    if declared:
+        joined = next(n.output[0] for n in model.graph.node if "past_value" in n.input and n.op_type == "Concat")
+        info = onnx.helper.make_tensor_value_info(joined, onnx.TensorProto.FLOAT, ["batch", builder.HKV, "total", 2 * builder.DV])
+        for stated in [v for v in (*model.graph.output, *model.graph.value_info) if v.name == joined] or [model.graph.value_info.add()]:
+            stated.CopyFrom(info)
+    (declined,) = inspect(running.save(model, tmp_path)).declined
+    assert declined.reason == "the shapes of its queries, keys and values are not known."
+
+
+def test_one_row_of_positions_meets_all(tmp_path: Path) -> None:
+    """`q - q[0:1]`: the slice is repeated, it is not as long as the rows; the mask is top left."""
+
+    def top_left(b: Builder, t: Tensors) -> str:
+        kv, q = builder.positions(b, t)
+        first = b.op("Slice", q, b.const([0]), b.const([1]), b.const([2]))
+        return b.op("LessOrEqual", kv, b.op("Sub", q, first))
+
+    (declined,) = inspect(running.save(builder.attention(Spelling(mask=top_left)), tmp_path)).declined
+    assert "it cannot be told whether axis" in declined.reason

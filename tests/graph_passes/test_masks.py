@@ -98,7 +98,45 @@ def two_sources(b: Builder, t: Tensors) -> str:
     return b.op("And", builder.causal(b, t), b.op("Unsqueeze", keys, b.const([1, 2])))
 
 
+def cumulated_reals(b: Builder, t: Tensors) -> str:
+    """The same in real numbers."""
+    ones = b.op("Expand", b.const(1.0, np.float32), b.dim(t.k, 2))
+    kv = b.op("Unsqueeze", b.op("Sub", b.op("CumSum", ones, b.const(0)), b.const(1.0, np.float32)), b.const([0, 1, 2]))
+    _, q = builder.positions(b, t)
+    return b.op("And", b.op("LessOrEqual", kv, b.op("Cast", q, to=TensorProto.FLOAT)), builder.padding(b, t))
+
+
+def joined(b: Builder, t: Tensors) -> str:
+    """The past, all of it seen, and a square of the call, side by side."""
+    rows, past = b.dim(t.q, 2), b.dim(t.past, 2)
+    square = b.op("Trilu", b.op("Expand", b.const(1), b.op("Concat", rows, rows, axis=0)), b.const(0), upper=0)
+    both = b.op("Concat", b.op("Expand", b.const(1), b.op("Concat", rows, past, axis=0)), square, axis=1)
+    return b.op("And", b.op("Unsqueeze", b.op("Cast", both, to=TensorProto.BOOL), b.const([0, 1])), builder.padding(b, t))
+
+
+def earlier_or_own(b: Builder, t: Tensors) -> str:
+    """The comparisons are of one integer: of `kv < q`, `kv == q` and `kv > q` just one holds."""
+    kv, q = builder.positions(b, t)
+    return b.op("And", b.op("Or", b.op("Less", kv, q), b.op("Equal", kv, q)), builder.padding(b, t))
+
+
+def first_key_too(b: Builder, t: Tensors) -> str:
+    """The first key is no exception: no row comes before it."""
+    kv, _ = builder.positions(b, t)
+    return b.op("And", b.op("Or", builder.causal(b, t), b.op("Equal", kv, b.const(0))), builder.padding(b, t))
+
+
+def the_later_is_the_row(b: Builder, t: Tensors) -> str:
+    kv, q = builder.positions(b, t)
+    return b.op("And", b.op("Equal", b.op("Max", kv, q), q), builder.padding(b, t))
+
+
 GOOD = {
+    "cumulated, in real numbers": (cumulated_reals, Spelling()),
+    "joined of past and square": (joined, Spelling()),
+    "first key too": (first_key_too, Spelling()),
+    "earlier or own": (earlier_or_own, Spelling()),
+    "the later is the row": (the_later_is_the_row, Spelling()),
     "folded": (folded(), STATIC),
     "folded, as infinities": (folded(), replace(STATIC, mask_as="add_inf")),
     "buffer": (buffer, STATIC),
@@ -126,6 +164,21 @@ def test_two_masks_added_one_after_the_other(tmp_path: Path) -> None:
         return b.op("Add", x, b.op("Where", keys, b.const(0.0, np.float32), b.const(LOWEST, np.float32)))
 
     check(Spelling(mask=builder.causal), tmp_path, change=add_padding)
+
+
+def test_one_less_the_product_of_causality_and_padding(tmp_path: Path) -> None:
+    """(1 - causal * padding) * -10000, with the padding as the input has it: numbers that are taken to be 0 and 1."""
+
+    def add(b: Builder, at: str, x: str) -> str:
+        if at != "scores":
+            return x
+        t = Tensors("query", "present_key", "attention_mask", "past_key")
+        causal = b.op("Cast", builder.causal(b, t), to=TensorProto.FLOAT)
+        real = b.op("Cast", b.op("Unsqueeze", t.mask, b.const([1, 2])), to=TensorProto.FLOAT)
+        hidden = b.op("Sub", b.const(1.0, np.float32), b.op("Mul", causal, real))
+        return b.op("Add", x, b.op("Mul", hidden, b.const(-1e4, np.float32)))
+
+    check(Spelling(mask=None), tmp_path, change=add)
 
 
 def test_one_row_sees_every_key(tmp_path: Path) -> None:

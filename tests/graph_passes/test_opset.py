@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graph_passes.errors import GraphError
-from graph_passes.opset import opset_of, raise_opset
+from graph_passes.opset import BODIES, opset_of, raise_opset
 from graph_passes.pipeline import inspect, rewrite
 from tests.data.frozen import GRAPHS, thaw
-from tests.graph_passes import running
+from tests.data.judge import judge
+from tests.graph_passes import builder, running
+from tests.graph_passes.builder import Spelling
 
 
 def model_of(nodes: list[onnx.NodeProto], opset: int, outputs: int, *, initializers: tuple[onnx.TensorProto, ...] = ()) -> onnx.ModelProto:
@@ -156,9 +159,46 @@ def test_the_report_says_that_the_opset_was_raised(tmp_path: Path) -> None:
     assert (report.as_dict()["opset"], report.as_dict()["opset_after"]) == (14, opset_of(onnx.load(tmp_path / "out.onnx")))
 
 
-def test_opsets_out_of_reach(tmp_path: Path) -> None:
-    for opset in (9, 18, 20):
+def test_opsets_with_bodies_stay() -> None:
+    for opset in BODIES:
         model = model_of([helper.make_node("Relu", ["x"], ["y0"])], opset, 1)
         before = model.SerializeToString()
         raise_opset(model)
         assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize("opset", [9, 27, 28])
+def test_opsets_out_of_reach(opset: int, tmp_path: Path) -> None:
+    """Sites are listed with the sentence that `rewrite` refuses with, and nothing is written."""
+    path = running.save(builder.attention(Spelling(opset=opset) if opset > 20 else Spelling()), tmp_path)
+    model = onnx.load(path)
+    model.opset_import[0].version = opset
+    before = model.SerializeToString()
+    path.write_bytes(before)
+    sentence = f"The model imports opset {opset}; .* 18 to 26"
+    with pytest.raises(GraphError, match=sentence):
+        raise_opset(model)
+    assert model.SerializeToString() == before
+    assert re.search(f"rewrite refuses: {sentence}", inspect(path).as_text())
+    assert len(inspect(path).sites) == 1 or opset < 18
+    if opset >= 18:
+        with pytest.raises(GraphError, match=sentence):
+            rewrite(path, tmp_path / "out.onnx")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx"]
+
+
+@pytest.mark.parametrize("opset", [25, 26])
+@pytest.mark.parametrize("route", ["dynamo-eager-24", "dynamo-sdpa-24"])
+def test_a_model_of_the_newest_opsets(route: str, opset: int, tmp_path: Path) -> None:
+    """An exported model of opset 24, whose operators mean the same in the newer ones, is rewritten in its own opset and is equal."""
+    model = onnx.load_model_from_string(thaw(GRAPHS / route / "llama.onnx.xz"))
+    next(o for o in model.opset_import if o.domain == "").version = opset
+    path = running.save(model, tmp_path)
+    judgement = judge(path)
+    assert judgement.report.rewritten == 2
+    assert judgement.report.ok
+    assert judgement.equal
+    assert sum(not d.skipped for d in judgement.differences) >= 5
+    after = onnx.load(path.with_suffix(".sa.onnx"))
+    assert opset_of(after) == opset
+    assert {o.version for f in after.functions for o in f.opset_import if o.domain == ""} == {opset}

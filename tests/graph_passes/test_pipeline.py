@@ -258,13 +258,6 @@ def test_missing_model(tmp_path: Path) -> None:
         inspect(tmp_path / "model.onnx")
 
 
-def test_an_opset_without_a_body(tmp_path: Path) -> None:
-    path = running.save(builder.attention(Spelling(opset=25)), tmp_path)
-    with pytest.raises(GraphError, match="25"):
-        rewrite(path, tmp_path / "out.onnx")
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx"]
-
-
 def test_a_model_that_the_checker_refuses(tmp_path: Path) -> None:
     model = builder.attention()
     model.graph.node[-1].attribute.add(name="surprise", i=1, type=onnx.AttributeProto.INT)

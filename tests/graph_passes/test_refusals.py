@@ -52,6 +52,18 @@ def strict(b: Builder, t: Tensors) -> str:
     return b.op("Less", kv, q)
 
 
+def other_than_own(b: Builder, t: Tensors) -> str:
+    kv, q = builder.positions(b, t)
+    return b.op("Or", b.op("Less", kv, q), b.op("Greater", kv, q))
+
+
+def earlier_but_for_the_second(b: Builder, t: Tensors) -> str:
+    """`kv < q` or `kv == q`, less `kv == q - 1`."""
+    kv, q = builder.positions(b, t)
+    seen = b.op("Or", b.op("Less", kv, q), b.op("Equal", kv, q))
+    return b.op("And", seen, b.op("Not", b.op("Equal", b.op("Add", kv, b.const(1)), q)))
+
+
 def dilated(b: Builder, t: Tensors) -> str:
     kv, q = builder.positions(b, t)
     even = b.op("Equal", b.op("Mod", kv, b.const(2)), b.const(0))
@@ -91,6 +103,8 @@ MASKS: dict[str, tuple[builder.MaskMaker | None, str, str]] = {
     "top left": (top_left, "not the lower-right causal one: it is kv <= q, needed is kv <= past + q", "LessOrEqual"),
     "anticausal": (anticausal, "sees keys that come after it", "Add"),
     "strict": (strict, "hides the last 1 of the keys", "Less"),
+    "other than own": (other_than_own, "sees keys that come after it", "Add"),
+    "earlier but for the second": (earlier_but_for_the_second, "a condition that full causal attention does not have", ""),
     "dilated": (dilated, "chunks or strides", "Equal"),
     "by position ids": (by_position_ids, "depends on the values of position_ids", "LessOrEqual"),
     "rows padded too": (rows_padded_too, "depends on the values of attention_mask", ""),
@@ -183,8 +197,45 @@ def weak_mask(b: Builder, x: str, fill: float = -2.0) -> str:
 
 
 def multiplicative(b: Builder, x: str) -> str:
+    """Scores of the last key before the row are made 0, which no other mask removes."""
+    kv, q = builder.positions(b, Tensors("query", "present_key", "attention_mask", "past_key"))
+    earlier = b.op("Not", b.op("Equal", kv, b.op("Sub", q, b.const(1))))
+    return b.op("Mul", x, b.op("Cast", earlier, to=TensorProto.FLOAT))
+
+
+def multiplied_back(b: Builder, x: str) -> str:
+    """Scores that are masked are multiplied by 0: they are seen again."""
     mask = builder.causal(b, Tensors("query", "present_key", "attention_mask", "past_key"))
     return b.op("Mul", x, b.op("Cast", mask, to=TensorProto.FLOAT))
+
+
+def rectified(b: Builder, x: str) -> str:
+    return b.op("Relu", x)
+
+
+def heads_mixed(b: Builder, x: str) -> str:
+    return b.op("Einsum", x, b.const(np.eye(4) + 0.1, np.float32), equation="bhst,hg->bgst")
+
+
+def sum_used(b: Builder, x: str) -> str:
+    b.output(b.op("ReduceLogSumExp", x, b.const([-1])))
+    return x
+
+
+def guarded_by_its_size(b: Builder, x: str) -> str:
+    """No guard: probabilities do meet this condition."""
+    return b.op("Where", b.op("Greater", x, b.const(0.2, np.float32)), b.const(0.0, np.float32), x)
+
+
+def probabilities_in_a_window(b: Builder, x: str) -> str:
+    """Probabilities that the mask of the scores keeps are made 0."""
+    kv, q = builder.positions(b, Tensors("query", "present_key", "attention_mask", "past_key"))
+    near = b.op("Greater", kv, b.op("Sub", q, b.const(8)))
+    return b.op("Where", near, x, b.const(0.0, np.float32))
+
+
+def nan_is_one(b: Builder, x: str) -> str:
+    return b.op("Where", b.op("IsNaN", x), b.const(1.0, np.float32), x)
 
 
 def temperature(b: Builder, x: str) -> str:
@@ -210,6 +261,15 @@ def squared(b: Builder, x: str) -> str:
     return b.op("Mul", x, x)
 
 
+def at_least(low: float) -> Callable[[Builder, str], str]:
+    """A bound that scores may be below."""
+    return lambda b, x: b.op("Max", x, b.const(low, np.float32))
+
+
+def at_most(b: Builder, x: str) -> str:
+    return b.op("Clip", x, "", b.const(50.0, np.float32))
+
+
 def dropped_at_random(b: Builder, x: str) -> str:
     return b.op("Dropout", x, b.const(0.5, np.float32), b.const(True, bool))
 
@@ -222,8 +282,16 @@ CHANGES: dict[str, tuple[Change, str, str]] = {
     "alibi": (at("scores", alibi), "not a mask of 0 and -inf but a bias", ""),
     "learned bias": (at("scores", learned_bias), "bias", ""),
     "weak mask": (at("scores", weak_mask), "the value -2", "Add"),
-    "multiplicative mask": (at("scores", multiplicative), "not part of full attention", "Mul"),
-    "temperature by row": (at("scores", temperature), "not part of full attention", "Mul"),
+    "multiplicative mask": (at("scores", multiplicative), "makes some of them 0, which does not remove them", "Mul"),
+    "multiplied when masked already": (at("masked", multiplied_back), "may bring them back", "Mul"),
+    "temperature by row": (at("scores", temperature), "neither one constant number nor part of a mask", ""),
+    "rectified": (at("scores", rectified), "Relu between the scores and Softmax", "Relu"),
+    "sum of exponentials used": (at("masked", sum_used), "attention sink", "ReduceLogSumExp"),
+    "probabilities cut off": (at("probabilities", guarded_by_its_size), "only the product with the values may read them", "Softmax"),
+    "probabilities in a window": (at("probabilities", probabilities_in_a_window), "that the mask of its scores keeps", "Where"),
+    "guard that fills with 1": (at("probabilities", nan_is_one), "only the product with the values may read them", "Softmax"),
+    "at least -1000": (at("masked", at_least(-1e3)), "Max between the scores and Softmax", "Max"),
+    "at most 50": (at("scores", at_most), "Clip between the scores and Softmax", "Clip"),
     "negative scale": (at("scores", negative), "a factor > 0 is needed", "MatMul"),
     "probabilities read twice": (at("probabilities", read_twice), "only the product with the values may read them", "Softmax"),
     "probabilities are an output": (at("probabilities", as_output), "output of the graph", "Softmax"),
@@ -240,6 +308,31 @@ def test_scores_and_probabilities(name: str, tmp_path: Path) -> None:
     found, stopped_by = declined(builder.attention(change=change), tmp_path)
     assert reason in found
     assert stopped_by.startswith(node)
+
+
+def test_heads_that_are_mixed_are_no_router_alone(tmp_path: Path) -> None:
+    report = inspect(running.save(builder.attention(change=at("scores", heads_mixed)), tmp_path))
+    assert report.sites == ()
+    assert [("heads that are mixed" in d.reason, d.stopped_by.split()[0]) for d in report.declined] == [(True, "Einsum")]
+
+
+@pytest.mark.parametrize("op", ["Div", "Mul"])
+@pytest.mark.parametrize("late", [False, True], ids=["probabilities divided", "product divided"])
+def test_more_than_the_sum_of_the_exponentials(late: bool, op: str, tmp_path: Path) -> None:
+    """Softmax with one more in its sum: a sink with the score 0."""
+
+    def change(b: Builder, place: str, x: str) -> str:
+        if place == "probabilities":
+            e = b.op("Exp", b.nodes.pop().input[0])
+            kept["sum"] = b.op("Add", b.op("ReduceSum", e, b.const([-1])), b.const(1.0, np.float32))
+            return e if late else divided(b, e)
+        return divided(b, x) if late and place == "result" else x
+
+    def divided(b: Builder, x: str) -> str:
+        return b.op("Div", x, kept["sum"]) if op == "Div" else b.op("Mul", b.op("Reciprocal", kept["sum"]), x)
+
+    kept: dict[str, str] = {}
+    assert "divided by more than their sum" in declined(builder.attention(change=change), tmp_path)[0]
 
 
 @pytest.mark.parametrize("axis", [1, 2, -2])
@@ -322,10 +415,12 @@ def test_fused_operators_of_onnx_runtime_are_listed(op: str, reason: str, tmp_pa
     assert site.stopped_by == f"{op} {op}_0"
 
 
-def test_softmax_in_parts_is_listed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("op", ["Div", "Mul"])
+def test_softmax_in_parts_is_listed(op: str, tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", ["batch", 4, "seq", "seq"])
     e = b.op("Exp", b.op("Sub", x, b.op("ReduceMax", x, b.const([-1]))))
-    b.output(b.op("Div", e, b.op("ReduceSum", e, b.const([-2, -1]))))
+    total = b.op("ReduceSum", e, b.const([-2, -1]))
+    b.output(b.op("Div", e, total) if op == "Div" else b.op("Mul", b.op("Reciprocal", total), e))
     (site,) = inspect(running.save(b.model(), tmp_path)).declined
-    assert "Exp, ReduceSum and Div" in site.reason
+    assert "Exp, ReduceSum and a division" in site.reason

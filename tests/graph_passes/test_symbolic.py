@@ -184,8 +184,10 @@ def compare(path: Path, feeds: dict[str, np.ndarray], samples: int = 12) -> tupl
                 place = tuple(int(generator.integers(n)) for n in array.shape)
                 here = {**at, **{next(iter(p.symbols)): x for p, x in zip(index, place, strict=True) if p.value is None}}
                 for s in symbols(value):
-                    if isinstance(s, Load) and s.tensor in actual:
-                        here[s] = int(actual[s.tensor][tuple(number(k, here) for k in s.index)])
+                    if isinstance(s, Load) and s.tensor in actual and all(symbols(k) <= set(here) for k in s.index):
+                        # A choice may name an element outside of a tensor in the branch that is not taken.
+                        inside = (min(max(number(k, here), 0), n - 1) for k, n in zip(s.index, actual[s.tensor].shape, strict=True))
+                        here[s] = int(actual[s.tensor][tuple(inside)])
                 if symbols(value) <= set(here):
                     assert element(value, here) == float(array[place]), f"{out.name}{place}: {value}"
                     elements += 1
@@ -269,6 +271,7 @@ def integer_operators() -> onnx.ModelProto:
         b.op("Concat", x, grid, axis=0),
         b.op("Split", grid, b.op("Concat", b.const([1]), b.op("Sub", b.dim(x, 1), b.const([1])), axis=0), axis=1, outputs=2),
         b.op("Tile", x, b.const([1, 2])),
+        b.op("Expand", b.op("Unsqueeze", x, b.const([1])), b.op("Concat", b.const([2]), b.dim(x, 1), axis=0)),
         b.op("GatherND", x, b.op("Unsqueeze", b.op("Concat", b.op("Unsqueeze", zero, b.const([0])), b.const([1]), axis=0), b.const([0]))),
         b.op("Size", x),
         b.op("ReduceMax", x, b.const([1])),
@@ -300,3 +303,33 @@ def test_elements_of_unknown_floats_do_not_become_integers(tmp_path: Path) -> No
     sg = SymbolicGraph(gs.import_onnx(b.model()))
     value = sg.value(sg.tensors[out], (poly(Index("i", Dim_poly("n"))),))
     assert {s.tensor for s in symbols(truth(value)) if isinstance(s, Load)} == {out}
+
+
+def test_axes_that_a_graph_computes_or_is_given() -> None:
+    """Axes made from constants are as good as stored ones; those that are an input say nothing, and are no default."""
+    b = Builder()
+    x, given = b.input("x", ["n", 4]), b.input("axes", [1], onnx.TensorProto.INT64)
+    computed = b.op("Reshape", b.const(-1), b.const([1]))
+    mean = b.op("ReduceMean", x, computed)
+    cut = b.op("Slice", x, b.const([0]), b.const([2]), computed)
+    open_cut = b.op("Slice", x, b.const([0]), b.const([2]), given)
+    for out in (mean, cut, open_cut):
+        b.output(out, rank=2)
+    sg = SymbolicGraph(gs.import_onnx(b.model()))
+    n = Dim_poly("n")
+    assert [sg.shape(sg.tensors[t]) for t in (mean, cut)] == [(n, const(1)), (n, const(2))]
+    assert all(length.value is None and length != n for length in sg.known_shape(sg.tensors[open_cut]))
+    with pytest.raises(Stuck, match="the bounds of its Slice are not known"):
+        sg.value(sg.tensors[open_cut], (const(0), const(0)))
+
+
+def test_an_expand_to_fewer_axes_keeps_the_others() -> None:
+    b = Builder()
+    x = b.input("x", ["n", 1, 4])
+    outs = [b.op("Expand", x, b.const([1])), b.op("Expand", x, b.const([3, 4])), b.op("Expand", x, b.dim(x, 0))]
+    for out in outs:
+        b.output(out, rank=3)
+    sg = SymbolicGraph(gs.import_onnx(b.model()))
+    n = Dim_poly("n")
+    assert [sg.shape(sg.tensors[t]) for t in outs[:2]] == [(n, const(1), const(4)), (n, const(3), const(4))]
+    assert [x.value for x in sg.known_shape(sg.tensors[outs[2]])] == [None, 1, 4]

@@ -25,8 +25,10 @@ MICROSOFT = "com.microsoft"
 
 RULES: Mapping[tuple[str, str], Callable[[Maker], None]] = {
     ("", "Attention"): onnx_attention.expand,
-    ("", "Div"): softmax_in_parts.expand,
+    ("", "Div"): softmax_in_parts.expand_share,
     ("", "Einsum"): einsum.expand,
+    ("", "Exp"): softmax_in_parts.expand_exp,
+    ("", "Mul"): softmax_in_parts.expand_share,
     ("", "Reshape"): softmax_flattened.expand,
     ("", "SimplifiedLayerNormalization"): norms.expand_rms,
     (MICROSOFT, "Attention"): packed_attention.expand,

@@ -53,7 +53,10 @@ def crosscheck(sg: SymbolicGraph, terms: list[MaskTerm], mask: Mask, grid: Grid)
         return ()
     question = (
         "mask evaluated",
-        tuple((t.how, t.factor, t.offset, t.at, t.lengths, *(sg.signature(x) for x in (t.mask, t.fill) if x is not None)) for t in terms),
+        tuple(
+            (t.how, t.after, t.factor, t.offset, t.at, t.lengths, *(sg.signature(x) for x in (t.mask, t.fill) if x is not None))
+            for t in terms
+        ),
         mask,
         grid.batch,
         grid.rows,
@@ -247,7 +250,13 @@ def _compare(
     b, s, t = sizes
     visible = np.ones((1, 1, 1, 1), dtype=bool)
     for term in terms:
-        visible = visible & _visible(term, values, sizes, lengths)
+        if term.removes:
+            visible = visible & _visible(term, values, sizes, lengths)
+    for term in terms:
+        if term.how == "multiply" and np.any(visible & ~_visible(term, values, sizes, lengths)):
+            raise Refusal(
+                "its scores are multiplied by a mask that evaluates to other than 1 where they are not removed.", label(term.node)
+            )
     expected = (np.arange(t)[None, :] <= np.arange(s)[:, None] + (t - s))[None, None]
     if mask.keys is not None:
         real = _real_keys(mask.keys, values[mask.keys.tensor].squeeze(mask.keys.squeeze))[:, :t]
@@ -281,6 +290,8 @@ def _visible(term: MaskTerm, values: dict[str, np.ndarray], sizes: tuple[int, in
         if not np.all(removed | (mask == 0)):
             raise Refusal("its added mask evaluates to a value that neither keeps nor removes a score.", label(term.node))
         out = ~removed
+    elif term.how == "multiply":
+        out = mask == 1
     else:
         out = mask.astype(bool) if term.how == "where" else ~mask.astype(bool)
     if term.lengths is not None:

@@ -44,6 +44,7 @@ MASKED = -1e4
 every float type."""
 
 _MOST_ATOMS = 12
+_MOST_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ class MaskTerm:
 
     Attributes:
         how: `add` (score + factor * mask), `where` (score where mask, else factor * fill), `unless` (factor * fill where mask, else score),
-            `bool` (score where mask, else -inf), or `causal` (row i sees the keys 0 .. i + offset; no tensor).
+            `bool` (score where mask, else -inf), `multiply` (score * mask, before every other term), or `causal` (row i sees the keys
+            0 .. i + offset; no tensor).
         mask: the mask tensor.
         node: the node where it meets the scores.
         fill: what replaces the score, for `where` and `unless`.
         factor: factor that the scores are multiplied by after this place.
+        after: the mask meets the probabilities instead: they are multiplied by it, or chosen between with 0.
         at, lengths: index of the element (b, h, q, kv) in the scores where they meet the mask, and the lengths of those scores;
             None: [B, Hq, S, T].
     """
@@ -67,8 +70,14 @@ class MaskTerm:
     fill: gs.Tensor | None = None
     factor: float = 1.0
     offset: Poly | None = None
+    after: bool = False
     at: Shape | None = None
     lengths: Shape | None = None
+
+    @property
+    def removes(self) -> bool:
+        """It takes scores out of the softmax; other terms may only make 0 what one that removes takes out."""
+        return not self.after and self.how != "multiply"
 
 
 def prove(sg: SymbolicGraph, terms: list[MaskTerm], grid: Grid) -> tuple[Mask, tuple[str, ...]]:
@@ -79,8 +88,12 @@ def prove(sg: SymbolicGraph, terms: list[MaskTerm], grid: Grid) -> tuple[Mask, t
     """
     visible: Formula = True
     for term in terms:
-        visible = conjunction(visible, allowed(sg, term, grid))
+        if term.removes:
+            visible = conjunction(visible, allowed(sg, term, grid))
     causal = less_equal(grid.kv - grid.q - (grid.keys - grid.rows))
+    for term in terms:
+        if not term.removes:
+            _require_removed(visible, allowed(sg, term, grid), causal, term)
     condition = _split_off_causal(sg, visible, causal, grid, terms)
     proved = f"mask proved: {causal if not isinstance(causal, bool) else 'every key is allowed to the one row'}"
     if condition is None:
@@ -100,11 +113,12 @@ def allowed(sg: SymbolicGraph, term: MaskTerm, grid: Grid) -> Formula:
     value = _element(sg, term.mask, term, grid)
     if term.how == "bool":
         return truth(value)
+    if term.how == "multiply":
+        return _one_or_zero(sg, value, term)
     if term.how == "add":
         return _zero_or_masked(sg, value, term)
     fill = number(_element(sg, term.fill, term, grid)) if term.fill is not None else 0.0
-    removed = _zero_or_masked(sg, fill, term)
-    if removed is not False:
+    if not term.after and _zero_or_masked(sg, fill, term) is not False:
         raise Refusal(
             f"masked scores are replaced by {fill}, which does not remove them (needed: -inf or <= {MASKED:g}).", label(term.node)
         )
@@ -146,6 +160,31 @@ def _zero_or_masked(sg: SymbolicGraph, value: Value, term: MaskTerm) -> Formula:
     raise Refusal(f"what is added to the scores is not a mask of 0 and -inf but a bias: {value}.", _source(sg, value) or label(term.node))
 
 
+def _one_or_zero(sg: SymbolicGraph, value: Value, term: MaskTerm) -> Formula:
+    """Of a number that a score is multiplied by: True where it is 1, False where it is 0."""
+    value = number(value)
+    if isinstance(value, Ite):
+        return choose(value.condition, _one_or_zero(sg, value.then, term), _one_or_zero(sg, value.other, term))
+    real = value.value if isinstance(value, Poly) else value
+    if real in (0, 1):
+        return real == 1
+    raise Refusal(
+        f"its {'probabilities' if term.after else 'scores'} are multiplied by {value}, which is neither one constant number nor part of a mask of 0 and 1.",
+        (_source(sg, value) if isinstance(value, Poly) else "") or label(term.node),
+    )
+
+
+def _require_removed(visible: Formula, kept: Formula, causal: Formula, term: MaskTerm) -> None:
+    """Every score that a mask makes 0 is removed by the other terms."""
+    found = tuple(dict.fromkeys((*atoms(visible), *atoms(kept))))
+    _refuse_too_many(found, term.node)
+    for facts in _assignments(found, causal):
+        if evaluate(visible, facts) and not evaluate(kept, facts):
+            what = "its probabilities makes some of them 0 that the mask of its scores keeps" if term.after else ""
+            what = what or "that its scores are multiplied by makes some of them 0, which does not remove them"
+            raise Refusal(f"a mask {'on ' if term.after else ''}{what}.", label(term.node))
+
+
 def _source(sg: SymbolicGraph, p: Poly) -> str:
     """The node that makes an element of which nothing is known."""
     return next((label(producer(sg.tensors[s.tensor])) for s in p.symbols if isinstance(s, Load) and s.tensor in sg.tensors), "")
@@ -161,8 +200,7 @@ def _split_off_causal(sg: SymbolicGraph, visible: Formula, causal: Formula, grid
     if not terms and causal is not True:
         raise Refusal("it has no mask: every row sees every key (bidirectional or cross attention).", where)
     found = atoms(visible)
-    if len(found) > _MOST_ATOMS:
-        raise Refusal(f"its mask has {len(found)} separate conditions; at most {_MOST_ATOMS} are looked at together.", where)
+    _refuse_too_many(found, terms[0].node if terms else None)
     on_keys = tuple(a for a in found if a != causal and _on_keys_only(a, grid))
     rows = [(facts, evaluate(visible, facts)) for facts in _assignments(found, causal)]
     unknown = next((a for a in found if a not in on_keys and _loads(a) and _matters(a, rows)), None)
@@ -174,20 +212,37 @@ def _split_off_causal(sg: SymbolicGraph, visible: Formula, causal: Formula, grid
         raise Refusal(f"its mask is not the lower-right causal one: it is {shifted}, needed is {causal}.", _origin(sg, shifted, where))
     if any(value and not _holds(causal, facts) for facts, value in rows):
         raise Refusal("its mask is not causal: a row sees keys that come after it (bidirectional, prefix or cross attention).", where)
-    table: dict[tuple[bool, ...], tuple[bool, dict[Atom, bool]]] = {}
+    table: dict[tuple[bool, ...], dict[bool, list[dict[Atom, bool]]]] = {}
     for facts, value in rows:
-        if not _holds(causal, facts):
-            continue
-        other_value, other = table.setdefault(tuple(facts[a] for a in on_keys), (value, facts))
-        if value != other_value:
-            atom = next(a for a in found if facts[a] != other[a])
-            raise Refusal(_explain(atom, causal, grid, seen_if=facts[atom] == value), _origin(sg, atom, where))
-    keys = {row: value for row, (value, _) in table.items()}
+        if _holds(causal, facts):
+            table.setdefault(tuple(facts[a] for a in on_keys), {}).setdefault(value, []).append(facts)
+    keys: dict[tuple[bool, ...], bool] = {}
+    for row, by_value in table.items():
+        if len(by_value) == 2:
+            atom, seen_if = _closest_difference(found, by_value[True], by_value[False])
+            raise Refusal(_explain(atom, causal, grid, seen_if), _origin(sg, atom, where))
+        keys[row] = next(iter(by_value))
     if all(keys.values()):
         return None
     if not any(keys.values()):
         raise Refusal("its mask hides every key.", where)
     return KeyCondition(on_keys, keys)
+
+
+def _refuse_too_many(found: tuple[Atom, ...], node: gs.Node | None) -> None:
+    if len(found) > _MOST_ATOMS:
+        raise Refusal(f"its mask has {len(found)} separate conditions; at most {_MOST_ATOMS} are looked at together.", label(node))
+
+
+def _closest_difference(found: tuple[Atom, ...], seen: list[dict[Atom, bool]], hidden: list[dict[Atom, bool]]) -> tuple[Atom, bool]:
+    """A comparison that decides whether a key is seen, and its truth where it is: of two cases that differ in as few as possible."""
+
+    def differing(pair: tuple[dict[Atom, bool], dict[Atom, bool]]) -> list[Atom]:
+        return [a for a in found if pair[0][a] != pair[1][a]]
+
+    pair = min(product(seen[:_MOST_COMPARED], hidden[:_MOST_COMPARED]), key=lambda p: len(differing(p)))
+    atom = differing(pair)[0]
+    return atom, pair[0][atom]
 
 
 def _beyond(atom: Atom, grid: Grid) -> Poly:
@@ -239,18 +294,47 @@ def _matters(atom: Atom, rows: list[tuple[dict[Atom, bool], bool]]) -> bool:
 
 
 def _assignments(found: tuple[Atom, ...], causal: Formula) -> Iterator[dict[Atom, bool]]:
-    """All truths of the comparisons that can hold together, as far as pairs of them tell."""
+    """All truths of the comparisons that can hold together, as far as it can be told from those of one integer with different
+    numbers, and from pairs of others."""
     everything = list(found)
     if not isinstance(causal, bool) and causal not in found and isinstance(causal, (LessEqual, Equal)):
         everything.append(causal)
-    implied = [(a, b) for a, b in combinations(everything, 2) if isinstance(a, LessEqual) and isinstance(b, LessEqual)]
-    rules = [(a, b) for a, b in implied if is_nonnegative(a.poly - b.poly)] + [
-        (b, a) for a, b in implied if is_nonnegative(b.poly - a.poly)
-    ]
-    for truths in product((False, True), repeat=len(everything)):
-        facts = dict(zip(everything, truths, strict=True))
-        if all(facts[b] or not facts[a] for a, b in rules):
+    rules = [rule for a, b in combinations(everything, 2) for rule in (*_implied(a, b), *_implied(b, a))]
+    groups: dict[Poly, list[tuple[Atom, int, int]]] = {}
+    for atom in everything:
+        offset = dict(atom.poly.terms).get((), 0)
+        integer = atom.poly - offset
+        sign = 1 if not integer.terms or integer.terms[0][1] > 0 else -1
+        groups.setdefault(integer * sign, []).append((atom, sign, offset))
+    for truths in product(*map(_truths_of_one_integer, groups.values())):
+        facts = {
+            atom: truth
+            for group, part in zip(groups.values(), truths, strict=True)
+            for (atom, _, _), truth in zip(group, part, strict=True)
+        }
+        if all(facts[b] == then for a, b, then in rules if facts[a]):
             yield facts
+
+
+def _truths_of_one_integer(group: list[tuple[Atom, int, int]]) -> list[tuple[bool, ...]]:
+    """The truths that comparisons `sign * x + offset` <= 0 or == 0 take together for some integer x."""
+    changes = {-sign * offset + step for _, sign, offset in group for step in (-1, 0, 1)}
+
+    def holds(atom: Atom, value: int) -> bool:
+        return value <= 0 if isinstance(atom, LessEqual) else value == 0
+
+    return list(dict.fromkeys(tuple(holds(atom, sign * x + offset) for atom, sign, offset in group) for x in sorted(changes)))
+
+
+def _implied(a: Atom, b: Atom) -> Iterator[tuple[Atom, Atom, bool]]:
+    """What the truth of one comparison says of another: (a, b, the truth of b)."""
+    if isinstance(b, Equal):
+        return
+    for p in (a.poly, -a.poly) if isinstance(a, Equal) else (a.poly,):
+        if is_nonnegative(p - b.poly):  # b.poly <= p <= 0
+            yield a, b, True
+        if isinstance(a, Equal) and is_nonnegative(b.poly - p - 1):  # b.poly >= p + 1 > 0
+            yield a, b, False
 
 
 def _on_keys_only(atom: Atom, grid: Grid) -> bool:

@@ -166,6 +166,50 @@ def _encoder() -> onnx.ModelProto:
     return layer.finish(layer.softmax(b.op("Where", real, layer.scores(), b.const(-1e9, np.float32))))
 
 
+def _chunked() -> onnx.ModelProto:
+    """Causal within blocks of 8 keys."""
+    layer = _Layer(18)
+    b, (kv, q) = layer.b, layer.positions()
+    together = b.op("Equal", b.op("Div", kv, b.const(WINDOW)), b.op("Div", q, b.const(WINDOW)))
+    keep = b.op("And", b.op("LessOrEqual", kv, q), together)
+    return layer.finish(layer.softmax(b.op("Where", keep, layer.scores(), b.const(-1e9, np.float32))))
+
+
+def _prefix() -> onnx.ModelProto:
+    """Every row sees the first 8 keys."""
+    layer = _Layer(18)
+    b, (kv, q) = layer.b, layer.positions()
+    keep = b.op("Or", b.op("LessOrEqual", kv, q), b.op("Less", kv, b.const(WINDOW)))
+    return layer.finish(layer.softmax(b.op("Where", keep, layer.scores(), b.const(-1e9, np.float32))))
+
+
+def _past_and_square() -> onnx.ModelProto:
+    """Zeros for the past and a triangle of -inf for the rows of the call, side by side."""
+    layer = _Layer(18, past=True)
+    b = layer.b
+    rows, past = b.dim(layer.q, 2), b.dim(layer.past[0], 2)
+    layer.join_past()
+    square = b.op("Expand", b.const(-np.inf, np.float32), b.op("Concat", rows, rows, axis=0))
+    zeros = b.op("Expand", b.const(0.0, np.float32), b.op("Concat", rows, past, axis=0))
+    both = b.op("Concat", zeros, b.op("Trilu", square, b.const(1), upper=1), axis=1)
+    return layer.finish(layer.softmax(b.op("Add", layer.scores(), both)))
+
+
+def _einsum_groups() -> onnx.ModelProto:
+    """Two Einsums with the query heads of a group as an axis, and the product divided by the sum of the exponentials."""
+    layer = _Layer(18, mask=True)
+    b = layer.b
+    q = b.op("Reshape", layer.q, b.const([0, KV_HEADS, HEADS // KV_HEADS, -1, SIZE]))
+    scores = b.op("Mul", b.op("Einsum", q, layer.k, equation="bkgsd,bktd->bkgst"), b.const(0.3, np.float32))
+    kv, rows = layer.positions()
+    real = b.op("Unsqueeze", b.op("Cast", layer.mask, to=TensorProto.BOOL), b.const([1, 2]))
+    keep = b.op("Unsqueeze", b.op("And", b.op("LessOrEqual", kv, rows), real), b.const([1]))
+    masked = b.op("Where", keep, scores, b.const(-1e9, np.float32))
+    e = b.op("Exp", b.op("Sub", masked, b.op("ReduceMax", masked, b.const([-1]))))
+    out = b.op("Div", b.op("MatMul", e, b.op("Unsqueeze", layer.v, b.const([2]))), b.op("ReduceSum", e, b.const([-1])))
+    return layer.finish(b.op("Reshape", out, b.const([0, HEADS, -1, SIZE])))
+
+
 MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], tuple[str, ...]]] = {
     "attention-23-causal": (lambda: _attention(23), (FULL,)),
     "attention-23-3d": (lambda: _attention(23, flat=True, scale=0.3), (FULL,)),
@@ -179,6 +223,10 @@ MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], tuple[str, ...]]] = {
     "trilu": (_trilu, (FULL,)),
     "alibi": (_alibi, (ALIBI,)),
     "encoder": (_encoder, ("not causal",)),
+    "chunked": (_chunked, ("chunks",)),
+    "prefix": (_prefix, ("not causal",)),
+    "past-and-square": (_past_and_square, (FULL,)),
+    "einsum-groups": (_einsum_groups, (FULL,)),
 }
 """Name -> its maker and what its layers are (see `families.Family.layers`)."""
 

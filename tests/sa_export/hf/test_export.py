@@ -281,6 +281,8 @@ def test_models_that_cannot_be_exported_leave_nothing(tmp_path: Path, capfd: pyt
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     for kind, changes, words in (
         ("MambaConfig", {"state_size": 4}, "a state other than keys and values"),
+        ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, r"keys and values between steps \(LinearAttentionLayer\)"),
+        ("OpenAIGPTConfig", {}, "gives no cache of keys and values back"),
         ("LlamaConfig", {"rope_parameters": dynamic, "num_hidden_layers": 1}, "torch.onnx cannot export LlamaForCausalLM"),
     ):
         checkpoint = load_checkpoint(save_checkpoint(tmp_path / kind, kind, tokenizer=False, **changes))
@@ -289,6 +291,17 @@ def test_models_that_cannot_be_exported_leave_nothing(tmp_path: Path, capfd: pyt
             export_onnx(checkpoint, tmp_path / "made" / "out")
         assert capfd.readouterr() == ("", "")
         assert not (tmp_path / "made").exists()
+
+
+def test_positions_from_a_table_as_long_as_the_context(tmp_path: Path) -> None:
+    """torch exports such a model only with its lengths bounded by the table's."""
+    from sa_export.hf.load import load_checkpoint
+
+    checkpoint = load_checkpoint(save_checkpoint(tmp_path / "xglm", "XGLMConfig", tokenizer=False, ffn_dim=64), dtype="float32")
+    result = export_onnx(checkpoint, tmp_path / "out")
+    cases = json.loads((result.folder / "export.json").read_text())["verification"]["cases"]
+    assert len(cases) == 6
+    assert all(case["passed"] for case in cases)
 
 
 def test_bidirectional_attention_is_found_by_running_it(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
