@@ -58,9 +58,9 @@ def rename(model: onnx.ModelProto, generator: random.Random) -> str:
 
 
 class Bare(Runner):
-    """Without ONNX Runtime's optimizer, which breaks some mutants on its own."""
+    """Without ONNX Runtime's optimizer, which breaks some mutants on its own. own_memory: every tensor is allocated by itself."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, own_memory: bool = False) -> None:
         import onnxruntime
 
         before = onnxruntime.SessionOptions
@@ -68,6 +68,7 @@ class Bare(Runner):
         def plain() -> object:
             options = before()
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = not own_memory
             return options
 
         onnxruntime.SessionOptions = plain
@@ -136,14 +137,25 @@ def compare(path: Path, out: Path, report: RewriteReport, what: str) -> str:
             clean = bool(np.isfinite(x).all()) and not ((x == 0).all(-1) & np.isnan(y).any(-1)).any()
             if not clean:
                 break
-            assert close(x, y, original.half), f"{what}: {site.id} differs in {batch, rows, past, pad}"
+            if not close(x, y, original.half):
+                assert not is_defined(path, data, site.output, expected), f"{what}: {site.id} differs in {batch, rows, past, pad}"
+                clean = False
+                break
             fate = "equal" if x.size else fate
         if clean and all(known[mask].all() for mask in masks if mask):  # no padding: every number means something
             for name in sorted(set(expected) & set(got)):
                 if expected[name].dtype.kind == "f" and np.isfinite(expected[name]).all():
-                    assert close(expected[name], got[name], original.half), f"{what}: {name} differs in {batch, rows, past, pad}"
-                    fate = "equal"
+                    if close(expected[name], got[name], original.half):
+                        fate = "equal"
+                    else:
+                        assert not is_defined(path, data, name, expected), f"{what}: {name} differs in {batch, rows, past, pad}"
     return fate
+
+
+def is_defined(path: Path, data: dict[str, np.ndarray], name: str, expected: dict[str, np.ndarray]) -> bool:
+    """Whether the original gives an output again when its tensors lie elsewhere. ONNX Runtime leaves parts of an invalid join (an empty
+    tensor and one of another width) as it finds them in memory."""
+    return np.array_equal(Bare(path, own_memory=True)(data)[name], expected[name], equal_nan=True)
 
 
 def fed_alike(operand: Operand, want: dict[str, np.ndarray], got: dict[str, np.ndarray], keys: np.ndarray, half: bool) -> bool:
