@@ -181,14 +181,14 @@ def _rtx(folder: Path, plugin: Path) -> Iterable[str]:
             path = Path(temporary) / "model.onnx"
             path.write_bytes(thaw(graph.path))
             twin = path.with_suffix(".sa.onnx")
-            report = rewrite(path, twin, EXACT, allow_no_match=True)
+            report = rewrite(path, twin, EXACT, allow_no_match=True, standard=True)
             answer = run_task("tensorrt_rtx", "parse", {"model": str(twin), "plugin": str(plugin)})
         version = answer.result.get("version", version)
         results[graph.route, graph.family] = _verdict(answer, report.rewritten)
         print(f"RTX {graph.id}: {results[graph.route, graph.family]}", flush=True)
     yield from ("", _START, "## TensorRT-RTX's parser", "")
     yield (
-        f"TensorRT-RTX {version} with the plugin library, {datetime.date.today().isoformat()}: does its parser take the rewritten graph, every `SampleAttention` node as a plugin layer? "
+        f"TensorRT-RTX {version} with the plugin library, {datetime.date.today().isoformat()}: does its parser take the rewritten graph (`rewrite --standard`), every `SampleAttention` node as a plugin layer? "
         "If not, the operator of the first node that stops it (no importer for it, and no plugin of that name). `(0)`: nothing was rewritten, the graph is the original."
     )
     yield ""
