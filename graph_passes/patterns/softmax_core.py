@@ -319,10 +319,12 @@ def _forward(sg: SymbolicGraph, softmax: gs.Node, terms: list[MaskTerm]) -> tupl
         ):
             passed.append(readers[0])
             tensor = readers[0].outputs[0]
+            held = [tensor] if readers[0].op in _RESHAPES else [*held, tensor]
         elif (masked := _mask_of_probabilities(sg, readers[0], tensor)) is not None:
             terms.append(masked)
             passed.append(readers[0])
             tensor = readers[0].outputs[0]
+            held.append(tensor)
         else:
             name = label(readers[0])
             raise Refusal(f"its probabilities go through {name.split()[0]}, which is not part of full attention.", name)

@@ -137,6 +137,17 @@ def _guarded_by_what_is_a_number(b: Builder, p: str) -> str:
     return b.op("Where", b.op("Not", b.op("IsNaN", p)), p, b.const(0.0, np.float32))
 
 
+def _guarded_in_another_shape(b: Builder, p: str) -> str:
+    """Between a Reshape to three axes and one back."""
+    lengths = b.op("Shape", p)
+    flat = b.op("Reshape", p, b.op("Concat", b.const([-1]), b.op("Slice", lengths, b.const([2]), b.const([4])), axis=0))
+    return b.op("Reshape", _guarded_by_what_is_a_number(b, flat), lengths)
+
+
+def _guarded_behind_a_mask(b: Builder, p: str) -> str:
+    return _guarded_by_what_is_a_number(b, _zeroed_again(b, p))
+
+
 def _bounded_twice(b: Builder, x: str) -> str:
     return b.op("Clip", b.op("Max", b.const(LOWEST, np.float32), x), b.const(LOWEST, np.float32))
 
@@ -178,6 +189,8 @@ CHANGES = {
     "bounded by the lowest number": ("masked", _bounded_twice),
     "nan_to_num": ("probabilities", _nan_to_num),
     "guarded by what is a number": ("probabilities", _guarded_by_what_is_a_number),
+    "guarded in another shape": ("probabilities", _guarded_in_another_shape),
+    "guarded behind a mask": ("probabilities", _guarded_behind_a_mask),
     "read for nothing": ("scores", _read_for_nothing),
     "share by a reciprocal": ("probabilities", _share_by_reciprocal),
     "exponential of LogSoftmax": ("probabilities", _log_softmax),
