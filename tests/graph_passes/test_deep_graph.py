@@ -65,7 +65,8 @@ def test_eighty_layers(tmp_path: Path) -> None:
     assert len(model.graph.node) > 8000
     onnx.save(model, tmp_path / "deep.onnx")
     onnx.save(deep(20), tmp_path / "shallow.onnx")
-    shallow, whole = seconds(tmp_path / "shallow.onnx"), seconds(tmp_path / "deep.onnx")
+    # The best of three: what else runs on the machine, and the collector, may slow down one of them.
+    shallow, whole = (min(seconds(tmp_path / name) for _ in range(3)) for name in ("shallow.onnx", "deep.onnx"))
     assert whole < 10
     assert whole < 8 * shallow, "four times the layers, up to twice as slow a layer"
     begin = time.process_time()
