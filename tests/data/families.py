@@ -63,6 +63,16 @@ _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": LAYERS, "n_head": HE
 _FALCON = {k: v for k, v in COMMON.items() if k not in ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")}
 _MIXED = ["sliding_attention", "full_attention"]
 _BARE = {"vocab_size": VOCABULARY}
+_LATENT = {
+    "head_dim": None,
+    "num_key_value_heads": HEADS,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+"""Multi-head latent attention of DeepSeek-V3."""
 _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 FAMILIES: dict[str, Family] = {
@@ -122,13 +132,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek-v3": Family(
         "DeepseekV3Config",
         {
-            "head_dim": None,
-            "num_key_value_heads": HEADS,
-            "q_lora_rank": 24,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
+            **_LATENT,
             "first_k_dense_replace": 1,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
@@ -234,13 +238,7 @@ FAMILIES: dict[str, Family] = {
         "DeepseekV32Config",
         {
             **_EXPERTS,
-            "head_dim": None,
-            "num_key_value_heads": HEADS,
-            "q_lora_rank": 24,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
+            **_LATENT,
             "n_group": 1,
             "topk_group": 1,
             "index_topk": 4,
