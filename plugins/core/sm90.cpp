@@ -72,7 +72,8 @@ Status attend(const Call &call, const sa_block_lists *lists, void *base) {
   const sa_problem &p = params.problem;
   Plan plan(p);
   AttendSpace space(p, plan, base);
-  Status status = clear_tickets(space.tickets, call.stream);
+  Status status;
+  if (lists == nullptr) status = clear_tickets(space.tickets, call.stream);  // else the work order does
   if (!status.ok()) return status;
   const int stage_keys = dispatch(p, [](auto instance) { return decltype(instance)::attend_stage_keys(); });
   const int unit = lists != nullptr ? std::min(p.block_k, stage_keys) : stage_keys;

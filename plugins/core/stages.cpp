@@ -67,7 +67,8 @@ Status fill_work(const Call &call, const sa_block_lists *lists, int stage_keys, 
   o.tiles = a.tiles;
   o.tiles_per_list = a.tiles_per_list;
   o.capacity = lists->capacity;
-  return from_cuda(launch_order(o, call.stream), "Launching the work order");
+  o.ticket = a.ticket;
+  return from_cuda(launch_order(o, call.stream, call.compute_capability >= 90), "Launching the work order");
 }
 
 DecodeParams decode_params(const Call &call, void *base) {

@@ -7,7 +7,7 @@
 namespace sample_attention {
 namespace {
 
-constexpr int64_t kTableBytes = int64_t(384) << 20;
+constexpr int64_t kTableBytes = int64_t(640) << 20;
 constexpr int64_t kPiece = 256;  // alignment of the three arrays
 
 int log2_of_power(int v) {

@@ -25,7 +25,7 @@ struct TableShape {
   TableShape(const sa_problem &problem, int first_tile, int tiles);
 };
 
-// Bytes for the tables of a chunk: enough for one head, and for as many as make a launch worth while within scratch_bytes (or 384 MiB). Grows with batch,
+// Bytes for the tables of a chunk: enough for one head, and for as many as make a launch worth while within scratch_bytes (or 640 MiB). Grows with batch,
 // queries and keys.
 struct TableNeed {
   int64_t fixed, tile;

@@ -16,7 +16,7 @@ import torch
 
 from graph_passes.op import Policy
 from sa_export.bench.inputs import Inputs, noise, planted
-from sa_export.bench.timing import median_ms
+from sa_export.bench.timing import median_ms, medians_ms
 from sa_export.kernels import Call, Lists, filter_blocks
 
 HEADS, KV_HEADS, D = 32, 8, 128
@@ -45,7 +45,7 @@ def tflops(n: int, ms: float) -> float:
 def dense() -> None:
     for n in (1 * KIB, 4 * KIB, 8 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB):
         q, k, v = inputs(noise, n)
-        ours, theirs = median_ms(Call(q, k, v).attend), median_ms(cudnn(q, k, v))
+        ours, theirs = medians_ms([Call(q, k, v).attend, cudnn(q, k, v)])
         rates = f"ours {ours:8.3f} ms {tflops(n, ours):4.0f} TF/s   cudnn {theirs:8.3f} ms {tflops(n, theirs):4.0f} TF/s"
         print(f"dense   {n:7d}  {rates}   {theirs / ours:.3f}x")
 
@@ -76,14 +76,13 @@ def attend() -> None:
     for n in (32 * KIB, 64 * KIB, 128 * KIB):
         x = inputs(planted, n)
         call = Call(*x, Policy(policy="dense"))
-        full = median_ms(call.attend)
         makers = {"chosen": lambda keep, n=n, x=x: chosen_lists(x, n, keep), "random": lambda keep, n=n: random_lists(n, keep)}
         for kind, make in makers.items():
             if kind == "random" and n > 64 * KIB:
                 continue
             for keep in (0.1, 0.2, 0.4):
                 lists, density = make(keep)
-                ms = median_ms(lambda call=call, lists=lists: call.attend(lists))
+                ms, full = medians_ms([lambda call=call, lists=lists: call.attend(lists), call.attend])
                 rate = f"{tflops(n, ms) * density:4.0f} TF/s on kept   {density * full / ms:.3f} of our dense rate"
                 print(f"attend  {n:7d}  {kind} lists  density {density:.3f}  {ms:8.3f} ms {rate}", flush=True)
                 del lists
@@ -96,16 +95,18 @@ def causal_blocks(n: int) -> int:
 
 
 def stages(n: int, policy: Policy, x: tuple[torch.Tensor, ...], label: str) -> None:
-    call = Call(*x, policy)
-    total, theirs = median_ms(call.run), median_ms(cudnn(*x))
-    lists = filter_blocks(*x, policy)
+    call, lists = Call(*x, policy), filter_blocks(*x, policy)
     density = lists.counts.sum().item() / causal_blocks(n)
-    attend_ms = median_ms(lambda: call.attend(lists))
-    times = f"total {total:8.3f} ms  attend {attend_ms:8.3f}  search {total - attend_ms:7.3f} ms, {100 * (total - attend_ms) / theirs:4.1f} % of cudnn"
+    steps = {"total": call.run, "attend": lambda: call.attend(lists)}
     if call.chunk_tiles >= call.tiles:
         mass = call.sample()
-        sample_ms, filter_ms = median_ms(lambda: call.sample(0, call.tiles, mass)), median_ms(lambda: call.filter(mass, 0, lists))
-        times += f"  (sample {sample_ms:7.3f}  filter {filter_ms:6.3f})"
+        steps |= {"sample": lambda: call.sample(0, call.tiles, mass), "filter": lambda: call.filter(mass, 0, lists)}
+    names = [*steps, "cudnn"]
+    ms = dict(zip(names, medians_ms([*steps.values(), cudnn(*x)], budget_ms=800), strict=True))
+    total, theirs, search = ms["total"], ms["cudnn"], ms["total"] - ms["attend"]
+    times = f"total {total:8.3f} ms  attend {ms['attend']:8.3f}  search {search:7.3f} ms, {100 * search / theirs:4.1f} % of cudnn"
+    if "sample" in ms:
+        times += f"  (sample {ms['sample']:7.3f}  filter {ms['filter']:6.3f}, {100 * (ms['sample'] + ms['filter']) / theirs:4.1f} %)"
     print(f"{label:22s} {n:7d}  density {density:.3f}  {times}   cudnn {theirs:8.3f} ms  {theirs / total:.2f}x", flush=True)
 
 
@@ -135,8 +136,8 @@ def break_even() -> None:
     for n in (1 * KIB, 2 * KIB, 4 * KIB, 6 * KIB, 8 * KIB, 16 * KIB):
         for make in (planted, noise):
             x = inputs(make, n)
-            theirs = median_ms(cudnn(*x))
-            ours = {"default": median_ms(Call(*x, default).run), "residue": median_ms(Call(*x, RESIDUE).run)}
+            *times, theirs = medians_ms([Call(*x, default).run, Call(*x, RESIDUE).run, cudnn(*x)])
+            ours = dict(zip(("default", "residue"), times, strict=True))
             speed = "  ".join(f"{name} {ms:7.3f} ms {theirs / ms:.2f}x" for name, ms in ours.items())
             print(f"break_even {make.__name__:8s} {n:7d}  {speed}   cudnn {theirs:7.3f} ms", flush=True)
 

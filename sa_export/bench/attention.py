@@ -69,12 +69,14 @@ def measure_length(
 
     length = inputs.query.shape[2]
     progress(f"{length} tokens: dense baselines", None)
-    times, reference, extrapolated = _dense_times(inputs, max_dense_ms)
+    runs, extrapolated = _dense_runs(inputs, max_dense_ms)
+    reference = next((run() for run in runs.values()), None)
     rows = []
     for number, (name, policy) in enumerate(policies.items()):
         progress(f"{length} tokens: {name}", number / len(policies))
         call = Call(inputs.query, inputs.key, inputs.value, policy)
-        total = median_ms(call.prefill)
+        total, *dense_ms = medians_ms([call.prefill, *runs.values()])
+        times = extrapolated or dict(zip(runs, dense_ms, strict=True))
         output = call.prefill()
         stages = _stages(call, policy)
         rows.append(
@@ -86,9 +88,9 @@ def measure_length(
                 filter_ms=stages[2],
                 attend_ms=stages[3],
                 total_ms=total,
-                cudnn_ms=times["cudnn"],
-                flash_ms=times["flash"],
-                extrapolated=extrapolated,
+                cudnn_ms=times.get("cudnn", math.nan),
+                flash_ms=times.get("flash", math.nan),
+                extrapolated=bool(extrapolated),
                 difference=_difference(output, reference),
                 workspace_mib=call.workspace.numel() / 2**20,
                 source=inputs.source,
@@ -97,24 +99,19 @@ def measure_length(
     return rows
 
 
-def _dense_times(inputs: Inputs, limit_ms: float) -> tuple[dict[str, float], torch.Tensor | None, bool]:
-    """Times of the baselines, an output of one of them, and whether the times are extrapolated."""
+def _dense_runs(inputs: Inputs, limit_ms: float) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, float]]:
+    """The baselines that exist, by name; or, where they would take longer than the limit, none and their extrapolated times."""
     length = inputs.query.shape[2]
-    quarter = length // 4
 
-    def calls(rows: int) -> dict[str, Callable[[], torch.Tensor] | None]:
-        cut = (x[:, :, :rows] for x in (inputs.query, inputs.key, inputs.value))
-        query, key, value = cut
-        return {name: dense(name, query, key, value) for name in BASELINES}
+    def runs(rows: int) -> dict[str, Callable[[], torch.Tensor]]:
+        query, key, value = (x[:, :, :rows] for x in (inputs.query, inputs.key, inputs.value))
+        found = {name: dense(name, query, key, value) for name in BASELINES}
+        return {name: run for name, run in found.items() if run}
 
-    short = {name: median_ms(run, budget_ms=100) if run else math.nan for name, run in calls(quarter).items()}
-    known = [ms for ms in short.values() if math.isfinite(ms)]
-    if known and 16 * max(known) > limit_ms:
-        return {name: 16 * ms for name, ms in short.items()}, None, True
-    whole = calls(length)
-    times = {name: median_ms(run) if run else math.nan for name, run in whole.items()}
-    first = next((run for run in whole.values() if run), None)
-    return times, first() if first else None, False
+    short = {name: median_ms(run, budget_ms=100) for name, run in runs(length // 4).items()}
+    if short and 16 * max(short.values()) > limit_ms:
+        return {}, {name: 16 * ms for name, ms in short.items()}
+    return runs(length), {}
 
 
 def _stages(call: Call, policy: Policy) -> tuple[float, float, float, float]:

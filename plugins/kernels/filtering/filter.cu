@@ -6,6 +6,7 @@
 // number decides as well: both cut the same order of blocks, and the higher threshold is the shorter set.
 #include "../common/launch.cuh"
 #include "../common/ptx.cuh"
+#include "../common/real_keys.cuh"
 #include "filter_params.h"
 
 #include <cstdint>
@@ -112,17 +113,16 @@ __global__ void __launch_bounds__(kTeam *kTeams, 1) filter_kernel(const FilterPa
   const int first_position = shift + first_row;
   const int last_position = shift + min(first_row + p.block_q, p.queries) - 1;
   const int blocks = last_position / p.block_k + 1;  // those that begin at or before the last row
-  const int first_real = p.bounds != nullptr ? p.bounds[2 * batch] : 0;
-  const int end_real = p.bounds != nullptr ? p.bounds[2 * batch + 1] : p.keys;
+  const Span real = real_keys(p.bounds, batch, p.keys);
   const float alpha = p.alpha != nullptr ? p.alpha[head] : p.alpha_all;
 
   Forced forced;
   forced.own_first = max(first_position - p.window, 0) / p.block_k;
   forced.own_last = blocks - 1;
-  forced.sink_first = first_real / p.block_k;
-  forced.sink_last = p.sink > 0 ? (first_real + p.sink - 1) / p.block_k : -1;
+  forced.sink_first = real.first / p.block_k;
+  forced.sink_last = p.sink > 0 ? (real.first + p.sink - 1) / p.block_k : -1;
 
-  bool all = alpha >= 1.f || (last_position >= end_real - p.dense_rows && first_position < end_real && p.dense_rows > 0);
+  bool all = alpha >= 1.f || meets_dense_rows(real, first_position, last_position, p.dense_rows);
   // Free blocks that the budget leaves.
   const int room = kBudget ? max(static_cast<int>(ceilf(p.max_density * static_cast<float>(blocks))) - forced.count(), 0) : blocks;
   bool contest = false;

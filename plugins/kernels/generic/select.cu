@@ -2,6 +2,7 @@
 #include "generic_params.h"
 
 #include "../common/launch.cuh"
+#include "../common/real_keys.cuh"
 
 #include <cmath>
 #include <cstdint>
@@ -103,12 +104,11 @@ __global__ void __launch_bounds__(32 * kTilesABlock) expand_kernel(const ExpandP
   const int first = p.keys - p.queries + first_row;
   const int last = p.keys - p.queries + min(first_row + p.block_q, p.queries) - 1;
   const int blocks = last / p.block_k + 1;
-  const int first_real = p.bounds != nullptr ? p.bounds[2 * batch] : 0;
-  const int end_real = p.bounds != nullptr ? p.bounds[2 * batch + 1] : p.keys;
+  const Span real = real_keys(p.bounds, batch, p.keys);
   const int near_first = max(first - p.window, 0) / p.block_k;
-  const int sink_first = first_real / p.block_k, sink_last = p.sink > 0 ? (first_real + p.sink - 1) / p.block_k : -1;
+  const int sink_first = real.first / p.block_k, sink_last = p.sink > 0 ? (real.first + p.sink - 1) / p.block_k : -1;
   bool all = p.all[at * p.rows] != 0 || (p.rows == 2 && p.all[at * p.rows + 1] != 0);
-  all = all || (p.dense_rows > 0 && last >= end_real - p.dense_rows && first < end_real);
+  all = all || meets_dense_rows(real, first, last, p.dense_rows);
 
   int32_t *indices = p.indices + (at * p.tiles + t) * p.blocks;
   int written = 0;

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2) attend_sm80_kernel(const 
   int batch, head, tile;
   attend_detail::decode_item(p, blockIdx.x, batch, head, tile);
   const int kv_head = head / (p.heads / p.kv_heads);
-  const attend_detail::Span real = attend_detail::real_keys(p, batch);
+  const Span real = attend_detail::real_keys(p, batch);
   const attend_detail::Units list(p, real, batch, head, tile);
   const int unit = 1 << p.unit_log2;
   const int units = kBlockN >> p.unit_log2;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2) attend_sm80_kernel(const 
   const Element *value = static_cast<const Element *>(p.value) + batch * p.value_b + kv_head * p.value_h + copy_piece * 8;
 
   // First keys of the list entries of a key tile: lane l holds that of entry l mod units.
-  auto starts_of = [&](int n) { return n >= 0 ? list.start(n * units + lane % units) : kNoKey; };
+  auto starts_of = [&](int n) { return n >= 0 ? list.start(p, n * units + lane % units) : kNoKey; };
   auto start_at = [&](int starts, int row) { return units == 1 ? starts : __shfl_sync(~0u, starts, row >> p.unit_log2); };
   // Rows that are no real keys become zeros, whatever the tensor holds there.
   auto copy_tile = [&](uint32_t slot, const Element *source, int64_t stride, int starts) {

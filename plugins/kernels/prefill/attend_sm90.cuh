@@ -1,7 +1,7 @@
 // Block-sparse FlashAttention for sm_90a.
 //
-// One producer warp feeds K and V through rings of shared-memory stages with the tensor copy engine; two consumer warpgroups own 64 query
-// rows each. A consumer keeps the scores of one key tile and the P V product of the tile before in flight together, and the two
+// One producer warp feeds K and V through one ring of shared-memory stages with the tensor copy engine, in the order in which they are used: K0 K1 V0 K2 V1 ..
+// Two consumer warpgroups own 64 query rows each. A consumer keeps the scores of one key tile and the P V product of the tile before in flight together, and the two
 // consumers take turns at issuing, so that one's exponentials run under the other's matrix products.
 //
 // A key tile is kBlockN keys made of kBlockN / unit list entries, so key blocks of 16 .. 256 share one kernel. What is read is the list's; what is
@@ -29,7 +29,7 @@ struct AttendTraits {
   static constexpr int kRows = kAttendRows;
   // Registers of a consumer thread: kBlockN/2 scores + kBlockN/4 packed P + D/2 output. 240 hold 128 keys up to D = 128, 64 keys at D = 256.
   static constexpr int kBlockN = kHeadDim <= 128 ? 128 : 64;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = 5;  // of a key or a value tile
   // A second query buffer hides the load of the next tile; at D = 256 it would not fit (64 + 64 + 64 + 64 KiB of 227).
   static constexpr int kQueryStages = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kMinUnit = 16;
@@ -67,14 +67,12 @@ struct AttendTraits {
 
   struct Shared {
     alignas(1024) Element query[cute::cosize_v<LayoutQ>];
-    alignas(1024) Element key[cute::cosize_v<LayoutK>];
-    alignas(1024) Element value[cute::cosize_v<LayoutK>];
+    alignas(1024) Element key_value[cute::cosize_v<LayoutK>];
     uint64_t query_full[kQueryStages], query_empty[kQueryStages];
-    uint64_t key_full[kStages], key_empty[kStages];
-    uint64_t value_full[kStages], value_empty[kStages];
+    uint64_t full[kStages], empty[kStages];
     Work work[kQueryStages];
-    int32_t start[kStages][kMaxUnits];  // first key of each list entry of a stage
-    int32_t masked[kStages];            // whether some pair of the stage is not allowed
+    int32_t start[kStages][kMaxUnits];  // of a key tile: first key of each list entry
+    int32_t masked[kStages];            // of a key tile: whether some pair is not allowed
   };
 
   static constexpr uint32_t kQueryBytes = kRows * kHeadDim * sizeof(Element);
@@ -83,10 +81,12 @@ struct AttendTraits {
 
 namespace attend_detail {
 
+// Key tiles before its last one at which an item draws the next: late, so that no thread block keeps work that another could do.
+constexpr int kDrawTiles = 2;
+
 template <class Traits>
 __device__ __forceinline__ void produce(const AttendParams &p, typename Traits::Shared &shared) {
   using namespace cute;
-  constexpr int kStages = Traits::kStages;
   const int lane = threadIdx.x % 32;
   const int items = p.batch * p.heads * p.tiles;
   const int group = p.heads / p.kv_heads;
@@ -100,13 +100,15 @@ __device__ __forceinline__ void produce(const AttendParams &p, typename Traits::
   }
   typename Traits::LayoutQ layout_q;
   typename Traits::LayoutK layout_k;
-  Ring<kStages> key_ring, value_ring;
+  Ring<Traits::kStages> ring;
   Ring<Traits::kQueryStages> query_ring;
 
   int item = blockIdx.x;
   while (item < items) {
     int next = 0;
-    if (lane == 0) next = gridDim.x + atomicAdd(p.ticket, 1);
+    auto draw = [&] {
+      if (lane == 0) next = gridDim.x + atomicAdd(p.ticket, 1);
+    };
     int batch, head, tile;
     decode_item(p, item, batch, head, tile);
     const int kv_head = head / group;
@@ -115,48 +117,42 @@ __device__ __forceinline__ void produce(const AttendParams &p, typename Traits::
     const int key_tiles = (list.count + units - 1) / units;
     const int first_position = p.keys - p.queries + tile * kAttendRows;
 
-    auto load_keys = [&](int start) {
-      bool masked = lane < units && (start + unit - 1 > first_position || start < real.first || start + unit > real.last);
-      int stage = key_ring.stage;
-      ptx::barrier_wait(&shared.key_empty[stage], key_ring.parity ^ 1);
-      bool any = __any_sync(~0u, masked);
-      if (lane < units) shared.start[stage][lane] = start;
-      if (lane == 0) shared.masked[stage] = any;
+    // Into the next stage, the list entries that begin at `start`: one of a lane.
+    auto load = [&](const CUtensorMap *map, int start) {
+      const int stage = ring.stage;
       __syncwarp();
       if (lane == 0) {
-        ptx::barrier_arrive_expect(&shared.key_full[stage], Traits::kStageBytes);
+        ptx::barrier_arrive_expect(&shared.full[stage], Traits::kStageBytes);
       } else if (Traits::kArrivals == 32) {
-        ptx::barrier_arrive(&shared.key_full[stage]);
+        ptx::barrier_arrive(&shared.full[stage]);
       }
       __syncwarp();
       if (lane < units) {
         CUTE_UNROLL
         for (int slab = 0; slab < Traits::kSlabs; ++slab) {
-          ptx::load_4d(&p.key, &shared.key_full[stage], shared.key + layout_k(lane * unit, slab * Traits::kSlab, stage), slab * Traits::kSlab, start, kv_head,
+          ptx::load_4d(map, &shared.full[stage], shared.key_value + layout_k(lane * unit, slab * Traits::kSlab, stage), slab * Traits::kSlab, start, kv_head,
                        batch);
         }
       }
-      key_ring.advance();
+      ring.advance();
+    };
+    auto load_keys = [&](int start) {
+      bool masked = lane < units && (start + unit - 1 > first_position || start < real.first || start + unit > real.last);
+      const bool any = __any_sync(~0u, masked);
+      ptx::barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+      if (lane < units) shared.start[ring.stage][lane] = start;
+      if (lane == 0) shared.masked[ring.stage] = any;
+      load(&p.key, start);
     };
     auto load_values = [&](int start) {
-      int stage = value_ring.stage;
-      ptx::barrier_wait(&shared.value_empty[stage], value_ring.parity ^ 1);
-      if (lane == 0) ptx::barrier_arrive_expect(&shared.value_full[stage], Traits::kStageBytes);
-      __syncwarp();
-      if (lane < units) {
-        CUTE_UNROLL
-        for (int slab = 0; slab < Traits::kSlabs; ++slab) {
-          ptx::load_4d(&p.value, &shared.value_full[stage], shared.value + layout_k(lane * unit, slab * Traits::kSlab, stage), slab * Traits::kSlab, start,
-                       kv_head, batch);
-        }
-      }
-      value_ring.advance();
+      ptx::barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+      load(&p.value, start);
     };
 
     // Thread blocks that run together walk in step. Even query tiles go from the last key tile to the first, odd ones back: if all began at the same end, every
     // round of them would find there the keys that L2 has dropped longest ago. The way depends on the tile alone, so results repeat.
     const bool forward = tile & 1;
-    auto start_of = [&](int n) { return lane < units ? list.start((forward ? key_tiles - 1 - n : n) * units + lane) : kNoKey; };
+    auto start_of = [&](int n) { return lane < units ? list.start(p, (forward ? key_tiles - 1 - n : n) * units + lane) : kNoKey; };
     int start = key_tiles > 0 ? start_of(key_tiles - 1) : kNoKey;
     if (key_tiles > 0) load_keys(start);
 
@@ -174,7 +170,9 @@ __device__ __forceinline__ void produce(const AttendParams &p, typename Traits::
     __syncwarp();
     query_ring.advance();
 
+    if (key_tiles < kDrawTiles + 2) draw();
     for (int n = key_tiles - 2; n >= 0; --n) {
+      if (n == kDrawTiles) draw();
       int before = start;
       start = start_of(n);
       load_keys(start);
@@ -207,8 +205,8 @@ __device__ __forceinline__ void consume(const AttendParams &p, typename Traits::
   const float multiplier = logit.multiplier;
 
   Tensor sQ = make_tensor(make_smem_ptr(shared.query), typename Traits::LayoutQ{});
-  Tensor sK = make_tensor(make_smem_ptr(shared.key), typename Traits::LayoutK{});
-  Tensor sVt = make_tensor(make_smem_ptr(shared.value), typename Traits::LayoutVt{});
+  Tensor sK = make_tensor(make_smem_ptr(shared.key_value), typename Traits::LayoutK{});
+  Tensor sVt = make_tensor(make_smem_ptr(shared.key_value), typename Traits::LayoutVt{});
   typename Traits::MmaScores mma_scores;
   typename Traits::MmaOutput mma_output;
   auto fQ = operand_a(mma_scores, consumer, sQ);
@@ -223,7 +221,7 @@ __device__ __forceinline__ void consume(const AttendParams &p, typename Traits::
   Tensor probs_packed = recast<uint32_t>(probs);
   static_assert(decltype(size(scores))::value == kBlockN / 2 && decltype(size(out))::value == kHeadDim / 2);
 
-  Ring<Traits::kStages> key_ring, value_ring;
+  Ring<Traits::kStages> ring;
   Ring<Traits::kQueryStages> query_ring;
   if (consumer == 1) ptx::named_arrive(kTurn + 0, 256);  // the first turn is consumer 0's
 
@@ -284,19 +282,17 @@ __device__ __forceinline__ void consume(const AttendParams &p, typename Traits::
         row_sum[r] = row_sum[r] * rescale[r] + sum;
       }
     };
-    auto release = [&](uint64_t &empty) {
-      if (Traits::kArrivals == 32 || lane == 0) ptx::barrier_arrive(&empty);
+    auto release = [&](int stage) {
+      if (Traits::kArrivals == 32 || lane == 0) ptx::barrier_arrive(&shared.empty[stage]);
     };
     // The stage also holds the positions that a mask reads: it is given back early only when none is needed.
-    auto finish_keys = [&] {
-      const int stage = key_ring.stage;
+    auto finish_keys = [&](int stage) {
       const bool masked = shared.masked[stage];
       __syncwarp();
-      if (!masked) release(shared.key_empty[stage]);
+      if (!masked) release(stage);
       softmax(stage, masked);
       __syncwarp();
-      if (masked) release(shared.key_empty[stage]);
-      key_ring.advance();
+      if (masked) release(stage);
     };
     auto round_probs = [&] {
       CUTE_UNROLL
@@ -304,37 +300,41 @@ __device__ __forceinline__ void consume(const AttendParams &p, typename Traits::
     };
 
     if (work.key_tiles > 0) {
-      ptx::barrier_wait(&shared.key_full[key_ring.stage], key_ring.parity);
-      issue_gemm<true>(mma_scores, stage_of(fQ, query_stage), stage_of(fK, key_ring.stage), scores);
+      ptx::barrier_wait(&shared.full[ring.stage], ring.parity);
+      issue_gemm<true>(mma_scores, stage_of(fQ, query_stage), stage_of(fK, ring.stage), scores);
       gemm_wait<0>();
       gemm_fence(scores);
-      finish_keys();
+      finish_keys(ring.stage);
+      ring.advance();
       round_probs();
 
       for (int n = work.key_tiles - 1; n > 0; --n) {
-        ptx::barrier_wait(&shared.key_full[key_ring.stage], key_ring.parity);
+        const int key_stage = ring.stage;
+        ptx::barrier_wait(&shared.full[key_stage], ring.parity);
+        ring.advance();
+        const int value_stage = ring.stage;
         ptx::named_sync(kTurn + consumer, 256);
-        issue_gemm<true>(mma_scores, stage_of(fQ, query_stage), stage_of(fK, key_ring.stage), scores);
-        ptx::barrier_wait(&shared.value_full[value_ring.stage], value_ring.parity);
-        issue_gemm<false>(mma_output, probs, stage_of(fV, value_ring.stage), out);
+        issue_gemm<true>(mma_scores, stage_of(fQ, query_stage), stage_of(fK, key_stage), scores);
+        ptx::barrier_wait(&shared.full[value_stage], ring.parity);
+        ring.advance();
+        issue_gemm<false>(mma_output, probs, stage_of(fV, value_stage), out);
         ptx::named_arrive(kTurn + (consumer ^ 1), 256);
         gemm_wait<1>();
         gemm_fence(scores);
-        finish_keys();
+        finish_keys(key_stage);
         gemm_wait<0>();
         gemm_fence(out);
-        release(shared.value_empty[value_ring.stage]);
-        value_ring.advance();
+        release(value_stage);
         round_probs();
         CUTE_UNROLL
         for (int e = 0; e < size(out); ++e) out(e) *= rescale[(e / 2) % 2];
       }
-      ptx::barrier_wait(&shared.value_full[value_ring.stage], value_ring.parity);
-      issue_gemm<false>(mma_output, probs, stage_of(fV, value_ring.stage), out);
+      ptx::barrier_wait(&shared.full[ring.stage], ring.parity);
+      issue_gemm<false>(mma_output, probs, stage_of(fV, ring.stage), out);
       gemm_wait<0>();
       gemm_fence(out);
-      release(shared.value_empty[value_ring.stage]);
-      value_ring.advance();
+      release(ring.stage);
+      ring.advance();
     }
 
     CUTE_UNROLL
@@ -384,14 +384,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) attend_kernel(const __gri
       ptx::barrier_init(&shared.query_empty[s], Traits::kConsumers);
     }
     for (int s = 0; s < Traits::kStages; ++s) {
-      ptx::barrier_init(&shared.key_full[s], Traits::kArrivals);
-      ptx::barrier_init(&shared.value_full[s], 1);
-      ptx::barrier_init(&shared.key_empty[s], 4 * Traits::kConsumers * Traits::kArrivals);  // of each warp
-      ptx::barrier_init(&shared.value_empty[s], 4 * Traits::kConsumers * Traits::kArrivals);
+      ptx::barrier_init(&shared.full[s], Traits::kArrivals);
+      ptx::barrier_init(&shared.empty[s], 4 * Traits::kConsumers * Traits::kArrivals);  // of each warp
     }
     ptx::fence_barrier_init();
   }
   __syncthreads();
+  ptx::wait_for_primary();
   if (threadIdx.x < 128) {
     ptx::registers_decrease<24>();
     if (threadIdx.x < 32) attend_detail::produce<Traits>(p, shared);
@@ -406,7 +405,7 @@ cudaError_t launch_attend(const AttendParams &p, int multiprocessors, cudaStream
   constexpr int kBytes = sizeof(typename Traits::Shared);
   static_assert(kBytes <= 227 * 1024, "an sm_90 thread block has 227 KiB of shared memory");
   int64_t items = int64_t(p.batch) * p.heads * p.tiles;
-  return launch(attend_kernel<Traits>, dim3(static_cast<unsigned>(items < multiprocessors ? items : multiprocessors)), Traits::kThreads, kBytes, stream, p);
+  return launch(attend_kernel<Traits>, dim3(static_cast<unsigned>(items < multiprocessors ? items : multiprocessors)), Traits::kThreads, kBytes, stream, p, true);
 }
 
 }  // namespace sample_attention

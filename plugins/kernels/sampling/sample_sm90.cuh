@@ -27,9 +27,9 @@ struct SampleTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kSampleRows;
   static constexpr int kBlockN = kSampleKeys;
-  // D = 128: 2 x 64 KiB of queries and 3 x 32 KiB of keys. D = 256 fits one of each.
+  // D = 128: 2 x 64 KiB of queries and 2 x 32 KiB of keys. D = 256 fits one of each.
   static constexpr int kQueryStages = kHeadDim <= 128 ? 2 : 1;
-  static constexpr int kStages = kHeadDim <= 128 ? 3 : 1;
+  static constexpr int kStages = kHeadDim <= 128 ? 2 : 1;
   // A key tile's stage is given back before its last exponentials read the weights: one more stage keeps those from being overwritten.
   static constexpr int kWeightStages = kStages + 1;
   static constexpr int kConsumers = 4;
@@ -165,7 +165,7 @@ constexpr int kPairs = kSampleKeys / 8;  // of neighbouring keys, of a thread in
 template <int kFold>
 class RowBlocks;
 
-// Any size of block, slots in the order of the blocks: one at a time, by the lanes of a row together.
+// Any size of block but the next two, slots in the order of the blocks: one at a time, by the lanes of a row together.
 template <>
 class RowBlocks<0> {
  public:
@@ -185,9 +185,8 @@ class RowBlocks<0> {
       *reinterpret_cast<uint32_t *>(row_ + 4 * j + part_ / 2 * 2) = upper ? pack<cute::half_t>(other, own) : pack<cute::half_t>(own, other);
     } else {
       float sum = own + other;
-      if (keys_log2_ > 2) sum += __shfl_xor_sync(~0u, sum, 2);
-      const int slot = keys_log2_ > 2 ? j >> (keys_log2_ - 3) : 2 * j + part_ / 2;
-      if (keys_log2_ == 2 || part_ < 2) row_[slot] = static_cast<uint16_t>(pack<cute::half_t>(sum, 0.f));
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      if (part_ < 2) row_[j >> (keys_log2_ - 3)] = static_cast<uint16_t>(pack<cute::half_t>(sum, 0.f));
     }
   }
   __device__ __forceinline__ void store() {}

@@ -1,29 +1,22 @@
 // Which rows and keys meet: slices of a call, groups of 256 slice rows, key tiles of 128 slice keys, and where the table keeps them.
 #pragma once
 
+#include "../common/real_keys.cuh"
 #include "sample_params.h"
 
 namespace sample_attention::sample_detail {
 
 __device__ __forceinline__ bool full_head(const SampleParams &p, int head) { return (p.alpha != nullptr ? p.alpha[head] : p.alpha_all) >= 1.f; }
 
-struct RealKeys {
-  int first, last;  // first .. last - 1
-
-  __device__ __forceinline__ RealKeys(const SampleParams &p, int batch) : first(0), last(p.keys) {
-    if (p.bounds != nullptr) {
-      first = max(p.bounds[2 * batch], 0);
-      last = min(p.bounds[2 * batch + 1], p.keys);
-    }
-  }
+struct RealKeys : Span {
+  __device__ __forceinline__ RealKeys(const SampleParams &p, int batch) : Span(real_keys(p.bounds, batch, p.keys)) {}
 };
 
-// Whether a query tile of the call keeps all blocks, because it meets the last dense_rows real positions (docs/op.md, "Selection", 5): nobody asks for its
-// masses.
+// Whether a query tile of the call keeps all blocks for meeting the last dense_rows: nobody asks for its masses.
 __device__ __forceinline__ bool dense_tile(const SampleParams &p, const RealKeys &real, int tile) {
   const int rows_log2 = p.tile_rows_log2 + p.row_log2, shift = p.keys - p.queries;
   const int first = shift + (tile << rows_log2), last = shift + min((tile + 1) << rows_log2, p.queries) - 1;
-  return p.dense_rows > 0 && last >= real.last - p.dense_rows && first < real.last;
+  return meets_dense_rows(real, first, last, p.dense_rows);
 }
 
 // The key tiles that a group of rows is scored against: the same for every slice, the union of what they need.
