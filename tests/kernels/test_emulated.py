@@ -202,6 +202,28 @@ def test_many_row_groups_and_chunks():
     c.check_output(kept)
 
 
+@pytest.mark.parametrize("policy", [residue(dense_rows=100, sink=64), tile(dense_rows=100, sink=64)])
+def test_bounds_beyond_the_keys_mean_all_of_them(policy):
+    found = []
+    for bounds in (None, np.int32([[-70, 470]])):
+        c = Call(400, 400, policy)
+        c.params.bounds = None if bounds is None else bounds.ctypes.data
+        mass, kept = c.stages()
+        c.run("sa_run")
+        found.append((mass, kept, c.out.float().numpy()))
+    for without, beyond in zip(*found, strict=True):
+        np.testing.assert_array_equal(without, beyond)
+
+
+@pytest.mark.parametrize("tokens", [8192, 131072, 200_000, 1_048_576])
+def test_chunks_have_one_size(tokens):
+    problem = make_problem(1, 32, 8, tokens, tokens, 64, residue(), dtype="bfloat16")
+    chunk, tiles = door.load().sa_chunk_tiles(ctypes.byref(problem)), -(-tokens // 128)
+    chunks, group = -(-tiles // chunk), 256 * 16 // 128
+    assert chunk == tiles or chunk % group == 0
+    assert tiles > chunks * (chunk - group)  # a group of rows less would not be enough
+
+
 @pytest.mark.parametrize("blocks", [30, 2100])
 def test_filter_takes_ties_from_the_lower_index(blocks):
     """Both team sizes; equal masses, so that of the free blocks the lowest are taken, as many as alpha needs."""
