@@ -1,8 +1,8 @@
 // Block-sparse FlashAttention for sm_90a.
 //
 // One producer warp feeds K and V through one ring of shared-memory stages with the tensor copy engine, in the order in which they are used: K0 K1 V0 K2 V1 ..
-// Two consumer warpgroups own 64 query rows each. A consumer keeps the scores of one key tile and the P V product of the tile before in flight together, and the two
-// consumers take turns at issuing, so that one's exponentials run under the other's matrix products.
+// Two consumer warpgroups own 64 query rows each. A consumer keeps the scores of one key tile and the P V product of the tile before in flight together, and
+// the two consumers take turns at issuing, so that one's exponentials run under the other's matrix products.
 //
 // A key tile is kBlockN keys made of kBlockN / unit list entries, so key blocks of 16 .. 256 share one kernel. What is read is the list's; what is
 // allowed is the mask's.
@@ -30,7 +30,7 @@ struct AttendTraits {
   // Registers of a consumer thread: kBlockN/2 scores + kBlockN/4 packed P + D/2 output. 240 hold 128 keys up to D = 128, 64 keys at D = 256.
   static constexpr int kBlockN = kHeadDim <= 128 ? 128 : 64;
   static constexpr int kStages = 5;  // of a key or a value tile
-  // A second query buffer hides the load of the next tile; at D = 256 it would not fit (64 + 64 + 64 + 64 KiB of 227).
+  // A second query buffer hides the load of the next tile; at D = 256 it would not fit (2 x 64 + 5 x 32 KiB of 227).
   static constexpr int kQueryStages = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kMinUnit = 16;
   static constexpr int kMaxUnits = kBlockN / kMinUnit;
@@ -405,7 +405,8 @@ cudaError_t launch_attend(const AttendParams &p, int multiprocessors, cudaStream
   constexpr int kBytes = sizeof(typename Traits::Shared);
   static_assert(kBytes <= 227 * 1024, "an sm_90 thread block has 227 KiB of shared memory");
   int64_t items = int64_t(p.batch) * p.heads * p.tiles;
-  return launch(attend_kernel<Traits>, dim3(static_cast<unsigned>(items < multiprocessors ? items : multiprocessors)), Traits::kThreads, kBytes, stream, p, true);
+  return launch(attend_kernel<Traits>, dim3(static_cast<unsigned>(items < multiprocessors ? items : multiprocessors)), Traits::kThreads, kBytes, stream, p,
+                true);
 }
 
 }  // namespace sample_attention
