@@ -205,7 +205,7 @@ def test_many_row_groups_and_chunks():
 @pytest.mark.parametrize("policy", [residue(dense_rows=100, sink=64), tile(dense_rows=100, sink=64)])
 def test_bounds_beyond_the_keys_mean_all_of_them(policy):
     found = []
-    for bounds in (None, np.int32([[-70, 470]])):
+    for bounds in (None, np.int32([[-70, 520]])):
         c = Call(400, 400, policy)
         c.params.bounds = None if bounds is None else bounds.ctypes.data
         mass, kept = c.stages()
