@@ -208,7 +208,9 @@ def test_bounds_beyond_the_keys_mean_all_of_them(policy):
     for bounds in (None, np.int32([[-70, 520]])):
         c = Call(400, 400, policy)
         c.params.bounds = None if bounds is None else bounds.ctypes.data
-        mass, kept = c.stages()
+        mass, _ = c.stages()
+        # What sampling has not written looks like evidence for one block, so that nobody can decide on it unseen.
+        kept = c.filter(np.where(np.isnan(mass), np.float32(np.arange(mass.shape[-1]) == 1), mass))
         c.run("sa_run")
         found.append((mass, kept, c.out.float().numpy()))
     for without, beyond in zip(*found, strict=True):
