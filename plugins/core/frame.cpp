@@ -74,9 +74,9 @@ Frame::Frame(const sa_problem &p, void *base) {
     const int64_t tile_bytes = heads * (blocks * (whole ? 4 : 8) + 4) + needs.tile;
     const int64_t scratch = std::max(p.scratch_bytes > 0 ? p.scratch_bytes : kDefaultScratch, needs.granule * tile_bytes);
     // Chunks of one size: a last one of a few tiles would not fill the device.
-    const int64_t most = std::min<int64_t>(scratch / tile_bytes / needs.granule * needs.granule, tiles), chunks = (tiles + most - 1) / most;
-    const int64_t even = (tiles + chunks - 1) / chunks;
-    chunk = static_cast<int>(std::min<int64_t>((even + needs.granule - 1) / needs.granule * needs.granule, most));
+    const int64_t most = std::min<int64_t>(scratch / tile_bytes / needs.granule * needs.granule, tiles);
+    const int even = ceil_div(tiles, ceil_div(tiles, most));
+    chunk = static_cast<int>(std::min<int64_t>(int64_t(ceil_div(even, needs.granule)) * needs.granule, most));
     select = carver.take<char>(needs.select.fixed + chunk * needs.select.tile);
     generic_select = carver.take<char>(needs.generic_select.fixed + chunk * needs.generic_select.tile);
     if (!whole) mass = carver.take<float>(heads * chunk * blocks);
